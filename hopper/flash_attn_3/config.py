@@ -1,0 +1,234 @@
+"""Kernel configurations: everything that is fixed when a kernel is compiled.
+
+One frozen dataclass per kernel family. Every field becomes one constant of the generated
+``struct Traits`` and one part of the cache key, so a field can be neither forgotten nor
+mapped by hand. Quantities that follow from the fields are properties here and
+``constexpr`` values in ``csrc/kernels``; generated ``static_assert``s tie the two together.
+
+This module knows tiles, never tensors; it imports neither torch nor CUDA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+
+#: Dynamic shared memory one CTA may use on sm_90 (bytes).
+MAX_SMEM_BYTES = 232_448
+#: Shared memory set aside for barriers and tile coordinates; ``SharedStorage`` asserts that they fit.
+CONTROL_SMEM_BYTES = 1024
+#: Rows of the accumulator that one warpgroup owns (the M of ``wgmma.m64nNk16``).
+WARPGROUP_ROWS = 64
+#: Threads of a warpgroup.
+WARPGROUP_THREADS = 128
+#: Registers a consumer thread needs beside its S, P and O fragments (addresses, row statistics, loop state).
+FRAGMENT_REGISTER_MARGIN = 24
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the text says which rule it breaks."""
+
+
+class KernelEnum(enum.Enum):
+    """An enum with a twin in ``csrc/kernels/core/enums.h``; the value is the twin's enumerator."""
+
+    @property
+    def cpp(self) -> str:
+        """The C++ spelling, e.g. ``Mask::kCausal``."""
+        return f"{type(self).__name__}::{self.value}"
+
+    @property
+    def slug(self) -> str:
+        """The lower-case word used in kernel names, e.g. ``causal``."""
+        return self.name.lower()
+
+
+class Dtype(KernelEnum):
+    """Element type of q, k, v and out."""
+
+    FP16 = "kFp16"
+    BF16 = "kBf16"
+
+    @property
+    def num_bytes(self) -> int:
+        return 2
+
+
+class Mask(KernelEnum):
+    """Which keys a query may see. CAUSAL is bottom-right aligned; LOCAL is a window and/or a chunk."""
+
+    FULL = "kFull"
+    CAUSAL = "kCausal"
+    LOCAL = "kLocal"
+
+
+class SeqLayout(KernelEnum):
+    """DENSE: all sequences have the tensor's length. VARLEN: lengths are read from device memory."""
+
+    DENSE = "kDense"
+    VARLEN = "kVarlen"
+
+
+class Score(KernelEnum):
+    """What happens to q.k before the softmax. SCALED: nothing but the scale. SOFTCAP: c * tanh(scale * s / c)."""
+
+    SCALED = "kScaled"
+    SOFTCAP = "kSoftcap"
+
+
+class Schedule(KernelEnum):
+    """How softmax hides behind the tensor cores.
+
+    INTRA_WARPGROUP: the QK product of the next key block runs while PV of the last one does, and the
+    softmax runs beside PV. PING_PONG: that, and the warpgroups take turns at the tensor cores.
+    """
+
+    INTRA_WARPGROUP = "kIntraWarpgroup"
+    PING_PONG = "kPingPong"
+
+
+class OutputBuffer(KernelEnum):
+    """Where the output tile is staged for its TMA store: in shared memory of its OWN, or WITH_Q in q's."""
+
+    OWN = "kOwn"
+    WITH_Q = "kWithQ"
+
+
+class KernelConfig:
+    """What all kernel families share: a stable key and a readable name."""
+
+    FAMILY: str
+
+    def key(self) -> str:
+        """Hex digest over the family and every field (name and value)."""
+        text = self.FAMILY + "".join(
+            f";{field.name}={self._plain(getattr(self, field.name))}" for field in dataclasses.fields(self)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @staticmethod
+    def _plain(value: object) -> str:
+        return value.name if isinstance(value, enum.Enum) else repr(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig(KernelConfig):
+    """One forward kernel.
+
+    Shapes: a CTA holds ``block_m`` query rows (64 per consumer warpgroup) and streams key blocks of
+    ``block_n`` rows through ``num_stages`` shared-memory stages. ``head_dim`` and ``head_dim_v`` are tile
+    widths: smaller head dims run inside them, TMA fills the rest with zeros.
+    """
+
+    FAMILY = "fwd"
+
+    dtype: Dtype
+    head_dim: int
+    head_dim_v: int
+    mask: Mask
+    seq_layout: SeqLayout
+    score: Score
+    block_m: int
+    block_n: int
+    num_stages: int = 2
+    schedule: Schedule = Schedule.PING_PONG
+    output_buffer: OutputBuffer = OutputBuffer.OWN
+
+    # -- derived; the C++ twins are in csrc/kernels/core/traits.cuh ------------------------------------
+
+    @property
+    def num_consumer_warpgroups(self) -> int:
+        return self.block_m // WARPGROUP_ROWS
+
+    @property
+    def num_threads(self) -> int:
+        """Consumers plus one producer warpgroup."""
+        return WARPGROUP_THREADS * (self.num_consumer_warpgroups + 1)
+
+    @property
+    def producer_registers(self) -> int:
+        return {1: 56, 2: 24, 3: 32}[self.num_consumer_warpgroups]
+
+    @property
+    def consumer_registers(self) -> int:
+        return {1: 256, 2: 240, 3: 160}[self.num_consumer_warpgroups]
+
+    @property
+    def swizzle_bytes(self) -> int:
+        """Width of one shared-memory column chunk of q and k: 128 bytes, or 64 where head_dim is no multiple of 64."""
+        return self._swizzle_bytes(self.head_dim)
+
+    @property
+    def swizzle_bytes_v(self) -> int:
+        """The same for v and out."""
+        return self._swizzle_bytes(self.head_dim_v)
+
+    def _swizzle_bytes(self, width: int) -> int:
+        return 128 if width * self.dtype.num_bytes % 128 == 0 else 64
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of one CTA: q, k and v stages, the output tile, control words."""
+        elements = self.block_m * self.head_dim
+        elements += self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
+        if self.output_buffer is OutputBuffer.OWN:
+            elements += self.block_m * self.head_dim_v
+        return elements * self.dtype.num_bytes + CONTROL_SMEM_BYTES
+
+    @property
+    def fragment_registers(self) -> int:
+        """Registers per consumer thread for S (fp32), P (16 bit, packed) and O (fp32)."""
+        return self.block_n // 2 + self.block_n // 4 + self.head_dim_v // 2
+
+    @property
+    def name(self) -> str:
+        """A readable name, unique per configuration; also the kernel's symbol."""
+        parts = [
+            self.FAMILY,
+            self.dtype.slug,
+            f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}",
+            self.mask.slug,
+            self.seq_layout.slug,
+            self.score.slug,
+            f"m{self.block_m}n{self.block_n}s{self.num_stages}",
+            self.schedule.slug,
+            f"o_{self.output_buffer.slug}",
+        ]
+        return "_".join(parts)
+
+    def validate(self) -> None:
+        """Raise `ConfigError` naming the field, its value and the rule, if this kernel cannot be built."""
+        rules = [
+            (self.head_dim in (64, 96, 128, 192, 256), "head_dim", "64, 96, 128, 192 or 256"),
+            (self.head_dim_v in (64, 96, 128, 192, 256), "head_dim_v", "64, 96, 128, 192 or 256"),
+            (self.block_m in (64, 128, 192), "block_m", "64, 128 or 192 (one to three consumer warpgroups)"),
+            (16 <= self.block_n <= 256 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 256]"),
+            (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),
+            (
+                self.schedule is not Schedule.PING_PONG or self.num_consumer_warpgroups >= 2,
+                "schedule",
+                "INTRA_WARPGROUP when block_m is 64: ping-pong needs two warpgroups",
+            ),
+            (
+                self.output_buffer is not OutputBuffer.WITH_Q or self.head_dim_v <= self.head_dim,
+                "output_buffer",
+                "OWN when head_dim_v exceeds head_dim: the output tile does not fit in q's memory",
+            ),
+        ]
+        for holds, field, allowed in rules:
+            if not holds:
+                value = getattr(self, field)
+                shown = value.name if isinstance(value, enum.Enum) else value
+                raise ConfigError(f"{field}={shown} is not supported; it must be {allowed}")
+        if self.smem_bytes > MAX_SMEM_BYTES:
+            raise ConfigError(
+                f"shared memory: {self.smem_bytes} bytes required by {self.name}, {MAX_SMEM_BYTES} supported; "
+                "reduce block_n, num_stages or block_m, or set output_buffer=WITH_Q"
+            )
+        needed = self.fragment_registers + FRAGMENT_REGISTER_MARGIN
+        if needed > self.consumer_registers:
+            raise ConfigError(
+                f"registers: {needed} per consumer thread required by {self.name}, "
+                f"{self.consumer_registers} supported with {self.num_consumer_warpgroups} warpgroups; reduce block_n"
+            )
