@@ -1,0 +1,58 @@
+// Which keys a query row may see, and which key blocks a tile of rows must visit.
+#pragma once
+
+#include "enums.h"
+#include "platform.h"
+
+namespace fa {
+
+struct KeyRange {
+  int begin, end;  // keys [begin, end)
+};
+
+// Key blocks [begin, end) hold a visible key; those in [full_begin, full_end) are visible to every row of the
+// tile, so that they need no masking.
+struct BlockRange {
+  int begin, full_begin, full_end, end;
+
+  FA_HOST_DEVICE bool empty() const { return begin >= end; }
+  FA_HOST_DEVICE bool is_full(int n_block) const { return n_block >= full_begin && n_block < full_end; }
+};
+
+// Row i stands at key position p = i + len_k - len_q: the last query row is aligned with the last key.
+template <Mask kMask>
+struct Visibility {
+  int len_q, len_k;
+  int window_left, window_right;  // keys; negative: unlimited (kLocal only)
+  int attention_chunk;            // keys; 0: none (kLocal only)
+
+  FA_HOST_DEVICE KeyRange keys(int row) const {
+    const int position = row + len_k - len_q;
+    if constexpr (kMask == Mask::kFull) return {0, len_k};
+    if constexpr (kMask == Mask::kCausal) return {0, max_of(0, min_of(len_k, position + 1))};
+    int begin = window_left < 0 ? 0 : max_of(0, position - window_left);
+    int end = window_right < 0 ? len_k : min_of(len_k, position + window_right + 1);
+    if (attention_chunk > 0) {
+      // Positions before the first key (len_q > len_k) are negative; their chunk still starts at a multiple.
+      const int remainder = position % attention_chunk;
+      const int chunk_begin = position - (remainder < 0 ? remainder + attention_chunk : remainder);
+      begin = max_of(begin, chunk_begin);
+      end = min_of(end, chunk_begin + attention_chunk);
+    }
+    return {begin, max_of(begin, end)};
+  }
+
+  // Both ends of keys() grow with the row, so the first and the last row of a tile bound all others.
+  template <int kBlockM, int kBlockN>
+  FA_HOST_DEVICE BlockRange blocks(int m_block) const {
+    const KeyRange first = keys(m_block * kBlockM);
+    const KeyRange last = keys(min_of(len_q, (m_block + 1) * kBlockM) - 1);
+    const int begin = first.begin / kBlockN;
+    const int end = max_of(begin, ceil_div(last.end, kBlockN));
+    const int full_begin = min_of(max_of(begin, ceil_div(last.begin, kBlockN)), end);
+    const int full_end = max_of(full_begin, min_of(end, first.end / kBlockN));
+    return {begin, full_begin, full_end, end};
+  }
+};
+
+}  // namespace fa

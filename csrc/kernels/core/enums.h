@@ -1,0 +1,13 @@
+// The axes of a kernel configuration; twins of the enums in hopper/flash_attn_3/config.py.
+#pragma once
+
+namespace fa {
+
+enum class Dtype { kFp16, kBf16 };
+enum class Mask { kFull, kCausal, kLocal };
+enum class SeqLayout { kDense, kVarlen };
+enum class Score { kScaled, kSoftcap };
+enum class Schedule { kIntraWarpgroup, kPingPong };
+enum class OutputBuffer { kOwn, kWithQ };
+
+}  // namespace fa

@@ -1,0 +1,49 @@
+// Where the elements of a wgmma accumulator lie. A warpgroup's 64 x N fp32 tile gives each thread N / 2 registers:
+// register 4g + 2r + c is row 16 * warp + lane / 4 + 8r, column 8g + 2 * (lane % 4) + c. Two packed neighbours
+// (c = 0, 1) are, in the same order, the 16-bit A operand of the next product.
+#pragma once
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+
+#include "platform.h"
+#include "ptx.cuh"
+#include "traits.cuh"
+
+namespace fa {
+
+constexpr int kRowsPerThread = 2;
+
+// The thread's first row inside its warpgroup's 64; the second is 8 below.
+FA_DEVICE int fragment_row() { return threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + threadIdx.x % 32 / 4; }
+// The thread's first column inside each group of 8.
+FA_DEVICE int fragment_column() { return threadIdx.x % 4 * 2; }
+// Row (0 or 1) and column, without fragment_column(), of register `i`; compile-time constants in unrolled loops.
+FA_DEVICE constexpr int register_row(int i) { return i / 2 % 2; }
+FA_DEVICE constexpr int register_column(int i) { return i / 4 * 8 + i % 2; }
+
+// Keeps the compiler from moving accesses to wgmma operands across asynchronous products.
+template <class Register, int kSize>
+FA_DEVICE void fence_fragment(Register (&fragment)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(fragment[i]);
+}
+
+template <int kSize>
+FA_DEVICE void clear_fragment(float (&fragment)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) fragment[i] = 0.f;
+}
+
+template <int kSize>
+FA_DEVICE void scale_rows(float (&fragment)[kSize], const float (&factor)[kRowsPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) fragment[i] *= factor[register_row(i)];
+}
+
+template <Dtype kDtype, int kSize>
+FA_DEVICE void pack_fragment(uint32_t (&packed)[kSize / 2], const float (&fragment)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize / 2; ++i) packed[i] = pack<kDtype>(fragment[2 * i], fragment[2 * i + 1]);
+}
+
+}  // namespace fa

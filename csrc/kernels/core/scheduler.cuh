@@ -1,0 +1,124 @@
+// Which tile a CTA works on next. Run by one whole warp, which announces the tiles to everybody else.
+#pragma once
+
+#include "../params.h"
+#include "block_range.h"
+#include "enums.h"
+#include "schedule.h"
+#include "seqlen.h"
+
+namespace fa {
+
+// Where a tile lies: a query block of a (head, value pass) pair of one sequence.
+struct ScheduledTile {
+  bool valid;
+  int batch;
+  TilePosition position;
+};
+
+// Tiles go to whichever CTA is free. All functions are called by whole warps.
+class TileQueue {
+ public:
+  // The next tile's index: a CTA's first is its own number, the others come from the launch's counter.
+  FA_DEVICE int take(TileCounter* counter) {
+    const int waiting = first_;
+    first_ = kTaken;
+    if (waiting != kTaken) return waiting;
+    int index = 0;
+    if (threadIdx.x % kWarpThreads == 0) index = int(gridDim.x) + atomicAdd(&counter->taken, 1);
+    return __shfl_sync(~0u, index, 0);
+  }
+
+  // To be called once, after the last take(). The last CTA to do so resets the counter for the next launch: nobody
+  // can take any more.
+  FA_DEVICE static void close(TileCounter* counter) {
+    if (threadIdx.x % kWarpThreads != 0) return;
+    if (atomicAdd(&counter->finished, 1) == int(gridDim.x) - 1) *counter = {0, 0};
+  }
+
+ private:
+  static constexpr int kTaken = -1;
+  int first_ = int(blockIdx.x);
+};
+
+template <class Traits, SeqLayout kSeqLayout = Traits::kSeqLayout>
+class Scheduler;
+
+// Equal lengths: tiles are numbered over all (batch, head, value pass) triples.
+template <class Traits>
+class Scheduler<Traits, SeqLayout::kDense> {
+ public:
+  // Counts are derived anew each time: the producer has few registers.
+  FA_DEVICE ScheduledTile next(const ForwardParams& params) {
+    const int num_heads = params.heads_q * params.num_value_passes;
+    const int num_m_blocks = ceil_div(params.seqlen_q, Traits::kBlockM);
+    const int index = queue_.take(params.tile_counter);
+    if (index >= num_m_blocks * num_heads * params.batch) return {false, 0, {}};
+    TilePosition position =
+        tile_position<Traits::kMask>(index, num_m_blocks, num_heads * params.batch, params.heads_per_section);
+    const int batch = position.head / num_heads;
+    position.head -= batch * num_heads;
+    return {true, batch, position};
+  }
+
+  FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
+
+ private:
+  TileQueue queue_;
+};
+
+// Lengths known to the device alone: tiles are numbered sequence by sequence, and the warp scans 32 sequences at a
+// time for the one that holds its next index. Indices only grow, so the scan never goes back.
+template <class Traits>
+class Scheduler<Traits, SeqLayout::kVarlen> {
+ public:
+  FA_DEVICE ScheduledTile next(const ForwardParams& params) {
+    const int index = queue_.take(params.tile_counter);
+    const int lane = threadIdx.x % kWarpThreads;
+    const int num_heads = params.heads_q * params.num_value_passes;
+    for (; group_ < params.batch; group_ += kWarpThreads) {
+      const int batch = group_ + lane;
+      const int m_blocks = batch < params.batch
+                               ? ceil_div(query_sequence<SeqLayout::kVarlen>(params, batch).length, Traits::kBlockM)
+                               : 0;
+      const int tiles_up_to = inclusive_scan(m_blocks * num_heads, lane);
+      const unsigned ends_after = __ballot_sync(~0u, tiles_before_ + tiles_up_to > index);
+      if (ends_after != 0) {
+        const int owner = __ffs(int(ends_after)) - 1;
+        const int owner_blocks = __shfl_sync(~0u, m_blocks, owner);
+        const int owner_begin = tiles_before_ + __shfl_sync(~0u, tiles_up_to, owner) - owner_blocks * num_heads;
+        return {true, group_ + owner, position(params, group_ + owner, index - owner_begin, owner_blocks)};
+      }
+      tiles_before_ += __shfl_sync(~0u, tiles_up_to, kWarpThreads - 1);
+    }
+    return {false, 0, {}};
+  }
+
+  FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
+
+ private:
+  // `heads_per_section` was chosen for the longest sequence; a shorter one lets more heads share the L2 cache.
+  // Floats, since a 64-bit division costs more registers than the producer has; all CTAs get the same result.
+  FA_DEVICE TilePosition position(const ForwardParams& params, int batch, int index, int num_m_blocks) const {
+    const int num_heads = params.heads_q * params.num_value_passes;
+    const int length = max_of(1, key_sequence<SeqLayout::kVarlen>(params, batch).length);
+    const float fitting = float(params.heads_per_section) * float(max_of(1, params.seqlen_k)) / float(length);
+    const int heads_per_section = fitting < float(num_heads) ? int(fitting) : num_heads;
+    return tile_position<Traits::kMask>(index, num_m_blocks, num_heads, max_of(1, heads_per_section));
+  }
+
+  FA_DEVICE static int inclusive_scan(int value, int lane) {
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const int below = __shfl_up_sync(~0u, value, distance);
+      if (lane >= distance) value += below;
+    }
+    return value;
+  }
+
+  TileQueue queue_;
+  int group_ = 0;         // first of the 32 sequences under the scan
+  int tiles_before_ = 0;  // tiles of all sequences before them
+};
+
+}  // namespace fa

@@ -1,0 +1,42 @@
+// Where a sequence lies in its storage and how long it is.
+#pragma once
+
+#include "../params.h"
+#include "enums.h"
+#include "platform.h"
+
+namespace fa {
+
+// One side (queries or keys) of one sequence.
+struct Sequence {
+  int length;  // rows that take part
+  int offset;  // first row, counted from the start of packed storage; 0 in dense storage
+  int batch;   // coordinate of the tensor maps' batch dimension; 0 in packed storage
+
+  // Coordinates of row `row` in the tensor maps of params.h. Rows at or past `length` are out of bounds there.
+  FA_HOST_DEVICE int map_row(int row_bound, int row) const { return row_bound - length + row; }
+  FA_HOST_DEVICE int map_origin() const { return offset + length; }
+};
+
+// `dense_rows`: rows of each sequence where cu_seqlens is null. `seqused` can only shorten a sequence: a value
+// past its storage would read a neighbour's rows.
+FA_HOST_DEVICE Sequence varlen_sequence(int batch, int dense_rows, const int32_t* cu_seqlens, const int32_t* seqused) {
+  const int offset = cu_seqlens ? cu_seqlens[batch] : 0;
+  const int rows = cu_seqlens ? cu_seqlens[batch + 1] - offset : dense_rows;
+  const int length = seqused ? max_of(0, min_of(rows, seqused[batch])) : rows;
+  return {length, offset, cu_seqlens ? 0 : batch};
+}
+
+template <SeqLayout kSeqLayout>
+FA_HOST_DEVICE Sequence query_sequence(const ForwardParams& params, int batch) {
+  if constexpr (kSeqLayout == SeqLayout::kDense) return {params.seqlen_q, 0, batch};
+  return varlen_sequence(batch, params.seqlen_q, params.cu_seqlens_q, params.seqused_q);
+}
+
+template <SeqLayout kSeqLayout>
+FA_HOST_DEVICE Sequence key_sequence(const ForwardParams& params, int batch) {
+  if constexpr (kSeqLayout == SeqLayout::kDense) return {params.seqlen_k, 0, batch};
+  return varlen_sequence(batch, params.seqlen_k, params.cu_seqlens_k, params.seqused_k);
+}
+
+}  // namespace fa

@@ -1,0 +1,41 @@
+// What follows from a configuration. `Traits` is generated (one constant per field of ForwardConfig); the values
+// derived here have twins in hopper/flash_attn_3/config.py, and generated static_asserts compare the two.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "enums.h"
+
+namespace fa {
+
+constexpr int kWarpThreads = 32;
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupRows = 64;   // M of wgmma.m64nNk16
+constexpr int kMmaDepth = 16;        // K of wgmma.m64nNk16
+constexpr int kControlBytes = 1024;  // shared memory set aside for barriers and tile coordinates
+constexpr int kTileSlots = 2;        // tiles announced ahead to the consumers
+
+// Width in bytes of one shared-memory column chunk of a tile `width` 16-bit elements wide, which is also its swizzle.
+constexpr int swizzle_bytes(int width) { return width * 2 % 128 == 0 ? 128 : 64; }
+
+template <class Traits>
+struct ForwardShape {
+  static constexpr int kElementBytes = 2;
+  static constexpr int kNumConsumerWarpgroups = Traits::kBlockM / kWarpgroupRows;
+  static constexpr int kNumThreads = kWarpgroupThreads * (kNumConsumerWarpgroups + 1);
+  static constexpr int kProducerRegisters = kNumConsumerWarpgroups == 1 ? 56 : kNumConsumerWarpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kNumConsumerWarpgroups == 1 ? 256 : kNumConsumerWarpgroups == 2 ? 240 : 160;
+  static constexpr int kSwizzleBytes = swizzle_bytes(Traits::kHeadDim);
+  static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
+  static constexpr bool kOwnOutputBuffer = Traits::kOutputBuffer == OutputBuffer::kOwn;
+
+  static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;
+  static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;   // one stage
+  static constexpr int kVBytes = Traits::kBlockN * Traits::kHeadDimV * kElementBytes;  // one stage
+  static constexpr int kOBytes = Traits::kBlockM * Traits::kHeadDimV * kElementBytes;
+  static constexpr int kSmemBytes =
+      kQBytes + Traits::kNumStages * (kKBytes + kVBytes) + (kOwnOutputBuffer ? kOBytes : 0) + kControlBytes;
+};
+
+}  // namespace fa

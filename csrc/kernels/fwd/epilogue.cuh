@@ -1,0 +1,105 @@
+// The end of a tile: normalise, store the log-sum-exp, and send the output through shared memory to TMA.
+#pragma once
+
+#include <cute/arch/copy_sm90.hpp>
+
+#include "mma.cuh"
+#include "smem.cuh"
+
+namespace fa {
+
+template <class Traits>
+class Epilogue {
+ public:
+  FA_DEVICE Epilogue(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup)
+      : params_(params), smem_(smem), warpgroup_(warpgroup) {}
+
+  FA_DEVICE void store(TileMma<Traits>& mma, const WorkTile& tile) {
+    if constexpr (Shape::kOwnOutputBuffer) mma.release_q();
+    float normalizer[kRowsPerThread], lse[kRowsPerThread];
+    mma.softmax.finish(params_.exp2_scale, normalizer, lse);
+    scale_rows(mma.out, normalizer);
+    const int first_row = tile.m_block * Traits::kBlockM + warpgroup_ * kWarpgroupRows;
+    if (tile.value_pass == 0) store_lse(lse, tile, first_row + fragment_row());
+    wait_buffer_free();
+    write_fragment(mma.out);
+    // The copy engine reads what these threads wrote by ordinary stores.
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup(warpgroup_);
+    if (leads() && first_row < tile.q.length) send(tile, first_row);
+    if constexpr (!Shape::kOwnOutputBuffer) {
+      if (leads()) cute::tma_store_wait<0>();
+      mma.release_q();
+    }
+  }
+
+  // Shared memory must outlive the copies that read it.
+  FA_DEVICE void finish() {
+    if (leads()) cute::tma_store_wait<0>();
+  }
+
+ private:
+  using Shape = ForwardShape<Traits>;
+  static constexpr int kChunkColumns = Shape::kSwizzleBytesV / Shape::kElementBytes;
+  static constexpr int kChunkBytes = kWarpgroupRows * Shape::kSwizzleBytesV;
+
+  FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+
+  FA_DEVICE void store_lse(const float (&lse)[kRowsPerThread], const WorkTile& tile, int row) const {
+    float* rows =
+        params_.lse + tile.batch * params_.lse_batch_stride + tile.head_q * params_.lse_head_stride + tile.q.offset;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      if (fragment_column() == 0 && row + 8 * r < tile.q.length) rows[row + 8 * r] = lse[r];
+    }
+  }
+
+  // The last tile's copy must have read the buffer. Where it is q's, the wait for q was that wait.
+  FA_DEVICE void wait_buffer_free() const {
+    if constexpr (Shape::kOwnOutputBuffer) {
+      if (leads()) cute::tma_store_wait<0>();
+      sync_warpgroup(warpgroup_);
+    }
+  }
+
+  // out (64 x head_dim_v) to shared memory, 16 columns at a time: four 8x8 matrices, two down and two across. Lane l
+  // gives the address of row l % 8 of matrix l / 8.
+  FA_DEVICE void write_fragment(const float (&out)[Traits::kHeadDimV / 2]) {
+    const int lane = threadIdx.x % kWarpThreads;
+    const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
+    const uint32_t row_address = cute::cast_smem_ptr_to_uint(smem_.output(warpgroup_)) + row * Shape::kSwizzleBytesV;
+    // The swizzle exchanges 16-byte units within a row by the row's number modulo 8 (128 bytes), or by half of it
+    // modulo 4 (64 bytes).
+    const int unit_mask = Shape::kSwizzleBytesV == 128 ? row % 8 : row / 2 % 4;
+#pragma unroll
+    for (int column = 0; column < Traits::kHeadDimV; column += 16) {
+      const int unit = column % kChunkColumns / 8 + lane / 16;
+      const uint32_t address = row_address + column / kChunkColumns * kChunkBytes + ((unit ^ unit_mask) << 4);
+      const int i = column / 2;
+      store_matrices(address, pack<Traits::kDtype>(out[i], out[i + 1]), pack<Traits::kDtype>(out[i + 2], out[i + 3]),
+                     pack<Traits::kDtype>(out[i + 4], out[i + 5]), pack<Traits::kDtype>(out[i + 6], out[i + 7]));
+    }
+  }
+
+  FA_DEVICE static void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+  }
+
+  FA_DEVICE void send(const WorkTile& tile, int first_row) {
+#pragma unroll
+    for (int chunk = 0; chunk < Traits::kHeadDimV / kChunkColumns; ++chunk) {
+      cute::SM90_TMA_STORE_5D::copy(&params_.o, smem_.output(warpgroup_) + chunk * kChunkBytes,
+                                    tile.value_pass * Traits::kHeadDimV + chunk * kChunkColumns, tile.head_q,
+                                    tile.q.map_row(params_.row_bound_q, first_row), tile.q.map_origin(), tile.q.batch);
+    }
+    cute::tma_store_arrive();
+  }
+
+  const ForwardParams& params_;
+  ForwardSmem<Traits>& smem_;
+  int warpgroup_;
+};
+
+}  // namespace fa

@@ -1,0 +1,63 @@
+// The forward kernel: a persistent grid of CTAs, each with one producer warp and one to three consumer warpgroups.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "epilogue.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "smem.cuh"
+
+namespace fa {
+
+template <class Traits>
+FA_DEVICE void init_barriers(ForwardControl<Traits>& control) {
+  constexpr int kWarpgroups = ForwardShape<Traits>::kNumConsumerWarpgroups;
+  constexpr int kConsumerWarps = kWarpgroups * kWarpgroupThreads / kWarpThreads;
+  control.q.init(1, 1);
+  control.k.init(1, kWarpgroups);
+  control.v.init(1, kWarpgroups);
+  control.tiles.init(1, kConsumerWarps);
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Traits>
+FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup) {
+  ForwardControl<Traits>& control = smem.control;
+  TileMma<Traits> mma(params, smem, warpgroup);
+  Epilogue<Traits> epilogue(params, smem, warpgroup);
+  mma.begin();
+  for (RingState<kTileSlots> slot;; slot.advance()) {
+    control.tiles.wait_full(slot);
+    const WorkTile& tile = control.tile[slot.index()];
+    if (tile.m_block == WorkTile::kNoMoreWork) break;
+    mma.run(tile, slot.count & 1);
+    epilogue.store(mma, tile);
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) control.tiles.release(slot);
+  }
+  mma.end();
+  epilogue.finish();
+}
+
+template <class Traits>
+FA_DEVICE void forward_kernel(const ForwardParams& params) {
+  using Shape = ForwardShape<Traits>;
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  ForwardSmem<Traits>& smem = *reinterpret_cast<ForwardSmem<Traits>*>(shared_memory);
+  static_assert(sizeof(ForwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
+
+  if (threadIdx.x == 0) init_barriers<Traits>(smem.control);
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
+    if (threadIdx.x < kWarpThreads) Producer<Traits>(params, smem).run();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
+    consume<Traits>(params, smem, warpgroup - 1);
+  }
+}
+
+}  // namespace fa

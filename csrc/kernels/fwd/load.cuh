@@ -1,0 +1,148 @@
+// The producer warp: chooses tiles, announces them, and feeds q, k and v to shared memory by TMA.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "../core/scheduler.cuh"
+#include "smem.cuh"
+
+namespace fa {
+
+using CacheHint = cute::TMA::CacheHintSm90;
+
+template <class Traits>
+FA_DEVICE Visibility<Traits::kMask> tile_visibility(const ForwardParams& params, const WorkTile& tile) {
+  return {tile.q.length, tile.k.length, params.window_left, params.window_right, params.attention_chunk};
+}
+
+template <class Traits>
+class Producer {
+ public:
+  FA_DEVICE Producer(const ForwardParams& params, ForwardSmem<Traits>& smem)
+      : params_(params), smem_(smem), control_(smem.control) {}
+
+  // All lanes follow the tiles, since the scheduler needs them; one issues the copies.
+  FA_DEVICE void run() {
+    if (leads()) prefetch_descriptors();
+    Scheduler<Traits> scheduler;
+    for (;;) {
+      const ScheduledTile scheduled = scheduler.next(params_);
+      control_.tiles.wait_empty(tile_slot_);
+      if (leads()) announce(scheduled);
+      if (!scheduled.valid) break;
+      // Read back from shared memory: the producer has few registers.
+      if (leads()) load_tile(control_.tile[tile_slot_.index()]);
+      __syncwarp();
+      tile_slot_.advance();
+    }
+    scheduler.close(params_);
+  }
+
+ private:
+  using Shape = ForwardShape<Traits>;
+
+  FA_DEVICE static bool leads() { return threadIdx.x == 0; }
+
+  FA_DEVICE void prefetch_descriptors() const {
+    for (const CUtensorMap* map : {&params_.q, &params_.k, &params_.v, &params_.o}) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    }
+  }
+
+  FA_DEVICE WorkTile work_tile(const ScheduledTile& scheduled) const {
+    const int head_q = scheduled.position.head / params_.num_value_passes;
+    WorkTile tile;
+    tile.m_block = scheduled.position.m_block;
+    tile.batch = scheduled.batch;
+    tile.head_q = head_q;
+    tile.head_kv = head_q / (params_.heads_q / params_.heads_kv);
+    tile.value_pass = scheduled.position.head - head_q * params_.num_value_passes;
+    tile.q = query_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
+    tile.k = key_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
+    return tile;
+  }
+
+  FA_DEVICE void announce(const ScheduledTile& scheduled) {
+    WorkTile& tile = control_.tile[tile_slot_.index()];
+    if (scheduled.valid) {
+      tile = work_tile(scheduled);
+    } else {
+      tile.m_block = WorkTile::kNoMoreWork;
+    }
+    Barrier::arrive(&control_.tiles.full[tile_slot_.index()]);
+  }
+
+  // Keys run one block ahead of values, as the consumers issue QK of the next block before PV of the last. The first
+  // keys go before q: q's buffer may still hold the output of the last tile on its way to memory.
+  FA_DEVICE void load_tile(const WorkTile& tile) {
+    const BlockRange range =
+        tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block);
+    if (!range.empty()) load_k(tile, range.end - 1);
+    load_q(tile);
+#pragma unroll 1
+    for (int n_block = range.end - 2; n_block >= range.begin; --n_block) {
+      load_k(tile, n_block);
+      load_v(tile, n_block + 1);
+    }
+    if (!range.empty()) load_v(tile, range.begin);
+  }
+
+  FA_DEVICE void load_q(const WorkTile& tile) {
+#pragma unroll
+    for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
+      Barrier::wait(&control_.q.empty[warpgroup], q_phase_ ^ 1);
+      const int row = tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows;
+      if (row >= tile.q.length) {
+        // Nothing to load, and nothing to ask for: see params.h. The rows' results are never stored.
+        Barrier::arrive(&control_.q.full[warpgroup]);
+        continue;
+      }
+      load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes>(
+          params_.q, &control_.q.full[warpgroup], CacheHint::EVICT_FIRST, smem_.q[warpgroup], 0, tile.head_q,
+          tile.q.map_row(params_.row_bound_q, row), tile.q);
+    }
+    q_phase_ ^= 1;
+  }
+
+  FA_DEVICE void load_k(const WorkTile& tile, int n_block) {
+    control_.k.wait_empty(k_stage_);
+    load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes>(
+        params_.k, &control_.k.full[k_stage_.index()], CacheHint::EVICT_LAST, smem_.k[k_stage_.index()], 0,
+        tile.head_kv, tile.k.map_row(params_.row_bound_k, n_block * Traits::kBlockN), tile.k);
+    k_stage_.advance();
+  }
+
+  FA_DEVICE void load_v(const WorkTile& tile, int n_block) {
+    control_.v.wait_empty(v_stage_);
+    load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV>(
+        params_.v, &control_.v.full[v_stage_.index()], CacheHint::EVICT_LAST, smem_.v[v_stage_.index()],
+        tile.value_pass * Traits::kHeadDimV, tile.head_kv,
+        tile.k.map_row(params_.row_bound_k, n_block * Traits::kBlockN), tile.k);
+    v_stage_.advance();
+  }
+
+  // One tile of kRows x kColumns, column chunk by column chunk.
+  template <int kRows, int kColumns, int kSwizzleBytes>
+  FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
+                             int head, int map_row, const Sequence& sequence) {
+    constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
+    TransactionBarrier::arrive_and_expect_tx(full, kRows * kColumns * Shape::kElementBytes);
+#pragma unroll
+    for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), tile + chunk * kRows * kSwizzleBytes,
+                                   column + chunk * kChunkColumns, head, map_row, sequence.map_origin(),
+                                   sequence.batch);
+    }
+  }
+
+  const ForwardParams& params_;
+  ForwardSmem<Traits>& smem_;
+  ForwardControl<Traits>& control_;
+  RingState<kTileSlots> tile_slot_;
+  uint32_t q_phase_ = 0;
+  RingState<Traits::kNumStages> k_stage_;
+  RingState<Traits::kNumStages> v_stage_;
+};
+
+}  // namespace fa
