@@ -1,0 +1,115 @@
+"""Named sets of kernels to build ahead of time: ``none``, ``core``, ``all``, or a file with one kernel name per line.
+
+Every set is made by asking the planner, so it cannot name a kernel that no call would use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .config import Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
+from .heuristics import HEAD_DIM_TILES, forward_config, head_dim_tiles
+from .problem import ForwardProblem, MaskSpec
+
+#: Widest value head dim of the interface.
+_MAX_HEAD_DIM_V = 512
+#: Head dims are multiples of this.
+_HEAD_DIM_STEP = 8
+
+
+def core_configs() -> list[KernelConfig]:
+    """The common set: head dims 64 and 128, both dtypes, full and causal, dense and variable length."""
+    return [
+        _forward_config(head_dim, head_dim, dtype, mask, layout, Score.SCALED)
+        for head_dim, dtype, mask, layout in itertools.product(
+            (64, 128), (Dtype.BF16, Dtype.FP16), (Mask.FULL, Mask.CAUSAL), SeqLayout
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _all_configs() -> tuple[KernelConfig, ...]:
+    axes = itertools.product(_head_dim_pairs(), Dtype, Mask, SeqLayout, Score)
+    configs = (_forward_config(*dims, dtype, mask, layout, score) for dims, dtype, mask, layout, score in axes)
+    return tuple(dict.fromkeys(configs))
+
+
+def all_configs() -> list[KernelConfig]:
+    """Every kernel that the planner can choose."""
+    return list(_all_configs())
+
+
+PRESETS: dict[str, Callable[[], list[KernelConfig]]] = {"none": list, "core": core_configs, "all": all_configs}
+
+
+def load(selection: str) -> list[KernelConfig]:
+    """The configurations of a preset, or of a file with one kernel name per line (blank lines and # comments apart).
+
+    Raises:
+        ValueError: neither a preset nor a readable file; or the file names a kernel that does not exist.
+    """
+    if selection in PRESETS:
+        return PRESETS[selection]()
+    try:
+        lines = Path(selection).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"kernel set {selection!r} is not supported; it must be {', '.join(PRESETS)}, "
+            f"or a readable file with one kernel name per line ({error})"
+        ) from error
+    names = (line.partition("#")[0].strip() for line in lines)
+    return resolve(name for name in names if name)
+
+
+def resolve(names: Iterable[str]) -> list[KernelConfig]:
+    """Kernel names -> configurations, in the same order, each once.
+
+    Raises:
+        ValueError: a name that no kernel of the planner has, with the closest ones that exist.
+    """
+    by_name = {config.name: config for config in _all_configs()}
+    configs = []
+    for name in dict.fromkeys(names):
+        if name not in by_name:
+            close = difflib.get_close_matches(name, by_name, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"there is no kernel named {name!r}{hint} (generate_kernels.py --list shows all)")
+        configs.append(by_name[name])
+    return configs
+
+
+def _head_dim_pairs() -> list[tuple[int, int]]:
+    """One (head_dim, head_dim_v) for each pair of tiles that some head dims are served by."""
+    pairs: dict[tuple[int, int], None] = {}
+    for head_dim in HEAD_DIM_TILES:
+        for head_dim_v in range(_HEAD_DIM_STEP, _MAX_HEAD_DIM_V + 1, _HEAD_DIM_STEP):
+            try:
+                pairs[head_dim_tiles(head_dim, head_dim_v)] = None
+            except ValueError:
+                break  # no kernel for values this wide, nor for wider ones
+    return list(pairs)
+
+
+def _forward_config(
+    head_dim: int, head_dim_v: int, dtype: Dtype, mask: Mask, layout: SeqLayout, score: Score
+) -> ForwardConfig:
+    """What the planner answers to a long sequence; the kernel depends on no length, only on the arguments here."""
+    problem = ForwardProblem(
+        dtype=dtype,
+        batch=1,
+        max_seqlen_q=8192,
+        max_seqlen_k=8192,
+        heads_q=16,
+        heads_kv=16,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        mask=MaskSpec(mask),
+        score=score,
+        seq_layout=layout,
+        num_sms=132,
+    )
+    return forward_config(problem)
