@@ -1,0 +1,86 @@
+// The functions of this library, typed, under the names that Python calls them by.
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tuple.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
+
+#include "check.h"
+#include "driver.h"
+#include "forward.h"
+#include "kernel_registry.h"
+#include "tensor_map.h"
+
+namespace fa {
+namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::Bytes;
+using tvm::ffi::String;
+using tvm::ffi::Tuple;
+
+// The extent of a box along any dimension is at most this.
+constexpr int64_t kMaxBoxRows = 256;
+
+TensorMapBox make_box(const char* columns_name, int64_t columns, const char* rows_name, int64_t rows) {
+  FA_CHECK(columns == 32 || columns == 64, ValueError)
+      << columns_name << " is " << columns << "; supported are 32 and 64";
+  FA_CHECK(1 <= rows && rows <= kMaxBoxRows, ValueError)
+      << rows_name << " is " << rows << "; supported is 1 to " << kMaxBoxRows;
+  return {static_cast<uint32_t>(columns), static_cast<uint32_t>(rows)};
+}
+
+int64_t load_kernel(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
+                    int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t cluster_size,
+                    bool programmatic_launch) {
+  KernelTraits traits;
+  traits.symbol = symbol;
+  traits.num_threads = static_cast<uint32_t>(checked_int32("num_threads", num_threads, 1));
+  traits.smem_bytes = static_cast<uint32_t>(checked_int32("smem_bytes", smem_bytes, 0));
+  traits.cluster_size = static_cast<uint32_t>(checked_int32("cluster_size", cluster_size, 1));
+  traits.programmatic_launch = programmatic_launch;
+  traits.q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
+  traits.k_box = make_box("qk_box_columns", qk_box_columns, "kv_box_rows", kv_box_rows);
+  traits.v_box = make_box("vo_box_columns", vo_box_columns, "kv_box_rows", kv_box_rows);
+  traits.o_box = make_box("vo_box_columns", vo_box_columns, "qo_box_rows", qo_box_rows);
+  return register_kernel(std::move(traits), cubin.data());
+}
+
+void run_forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
+                 OptionalTensor seqused_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_ctas,
+                 int64_t num_value_passes, int64_t heads_per_section, double score_scale, double exp2_scale,
+                 int64_t window_left, int64_t window_right, int64_t attention_chunk) {
+  forward(handle, {q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
+          {max_seqlen_q, max_seqlen_k, num_ctas, num_value_passes, heads_per_section, score_scale, exp2_scale,
+           window_left, window_right, attention_chunk});
+}
+
+int64_t num_sms(int64_t device) {
+  return device_attribute(checked_int32("device", device, 0), CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+}
+
+Tuple<int64_t, int64_t> compute_capability(int64_t device) {
+  int ordinal = checked_int32("device", device, 0);
+  return Tuple<int64_t, int64_t>(device_attribute(ordinal, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+                                 device_attribute(ordinal, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR));
+}
+
+// {base, sizes[5], strides[4]} of a tensor's map; 3-dimensional tensors are packed. For tests: needs no
+// driver.
+Array<int64_t> geometry(String name, TensorView tensor) {
+  Layout layout = tensor.ndim() == 3 ? Layout::kPacked : Layout::kDense;
+  TensorMapGeometry map = tensor_map_geometry(make_row_tensor(name.c_str(), tensor, layout));
+  Array<int64_t> values{static_cast<int64_t>(map.base)};
+  for (uint64_t size : map.sizes) values.push_back(static_cast<int64_t>(size));
+  for (uint64_t stride : map.strides) values.push_back(static_cast<int64_t>(stride));
+  return values;
+}
+
+}  // namespace
+}  // namespace fa
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_load, fa::load_kernel);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, fa::run_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_sms, fa::num_sms);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(compute_capability, fa::compute_capability);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tensor_map_geometry, fa::geometry);

@@ -1,0 +1,59 @@
+// The forward pass: checks the tensors, fills the kernel's parameters, launches.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/optional.h>
+
+#include <cstdint>
+
+#include "row_tensor.h"
+
+namespace fa {
+
+using OptionalTensor = tvm::ffi::Optional<tvm::ffi::TensorView>;
+
+// The tensors of one call, as the caller gave them. Columns of q and k: head_dim; of v and out: head_dim_v.
+struct ForwardTensors {
+  tvm::ffi::TensorView q;       // (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim)
+  tvm::ffi::TensorView k;       // (batch, seqlen_k, heads_kv, head_dim), or (total_k, heads_kv, head_dim)
+  tvm::ffi::TensorView v;       // as k, with head_dim_v columns
+  tvm::ffi::TensorView out;     // as q, with head_dim_v columns; written
+  tvm::ffi::TensorView lse;     // fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q); written
+  OptionalTensor cu_seqlens_q;  // int32 (batch + 1): q, out and lse are packed
+  OptionalTensor cu_seqlens_k;  // int32 (batch + 1): k and v are packed
+  OptionalTensor seqused_q;     // int32 (batch)
+  OptionalTensor seqused_k;     // int32 (batch)
+};
+
+// What a call asks beside its tensors; the meaning is that of the same names in ForwardParams.
+struct ForwardOptions {
+  int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
+  int64_t max_seqlen_k;  // read with cu_seqlens_k
+  int64_t num_ctas;      // 0: nothing is launched
+  int64_t num_value_passes;
+  int64_t heads_per_section;
+  double score_scale;
+  double exp2_scale;
+  int64_t window_left;
+  int64_t window_right;
+  int64_t attention_chunk;
+};
+
+// The tensors of a call after all checks.
+struct CheckedTensors {
+  RowTensor q;
+  RowTensor k;
+  RowTensor v;
+  RowTensor out;
+  int64_t batch;
+};
+
+// Throws ValueError or TypeError, naming the argument, for tensors that do not fit together.
+CheckedTensors check_forward_tensors(const ForwardTensors& tensors);
+
+// Enqueues one forward pass on the current stream of the tensors' device. Nothing is written, and nothing is
+// launched, if it throws, if the output is empty or if num_ctas is 0. Waits for nothing and allocates
+// nothing, but for the tile counters (tile_counters.h).
+void forward(int64_t handle, const ForwardTensors& tensors, const ForwardOptions& options);
+
+}  // namespace fa

@@ -1,0 +1,178 @@
+"""The runtime library `_runtime.so`, loaded at first use: kernels by handle, and their launches.
+
+Tensors pass as they are (anything that speaks DLPack); a launch goes to the current stream of the tensors'
+device. Nothing here needs torch, and importing this module needs no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import WARPGROUP_ROWS
+from .errors import UnsupportedDeviceError
+from .runtime_build import LIBRARY_NAME
+
+if TYPE_CHECKING:
+    from .compiler import CompiledKernel
+
+LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
+BUILD_COMMAND = "python -m flash_attn_3.runtime_build"
+
+#: CTAs of one cluster. The forward kernels use none.
+_CLUSTER_SIZE = 1
+#: Whether a kernel may start before the one ahead of it in the stream has ended; it must then wait by itself.
+_PROGRAMMATIC_LAUNCH = False
+
+
+class RuntimeLibraryError(RuntimeError):
+    """The runtime library is missing or cannot be loaded; the text names the command that builds it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeLibrary:
+    """The functions of the library, looked up once. Their C++ side is in csrc/runtime/exports.cc."""
+
+    kernel_load: Callable[..., int]
+    forward: Callable[..., None]
+    num_sms: Callable[[int], int]
+    compute_capability: Callable[[int], tuple[int, int]]
+    tensor_map_geometry: Callable[..., list[int]]
+
+
+def load_library(path: Path) -> RuntimeLibrary:
+    """Load a runtime library.
+
+    Raises:
+        RuntimeLibraryError: there is no such file, or it does not load; names the command that builds it.
+    """
+    import tvm_ffi
+
+    if not path.is_file():
+        raise RuntimeLibraryError(f"the runtime library {path} has not been built; build it with `{BUILD_COMMAND}`")
+    tvm_ffi.error.register_error("UnsupportedDeviceError", UnsupportedDeviceError)
+    try:
+        module = tvm_ffi.load_module(path)
+        functions = {field.name: getattr(module, field.name) for field in dataclasses.fields(RuntimeLibrary)}
+    except (RuntimeError, AttributeError) as error:
+        raise RuntimeLibraryError(
+            f"the runtime library {path} cannot be loaded ({error}); rebuild it with `{BUILD_COMMAND}`"
+        ) from error
+    return RuntimeLibrary(**functions)
+
+
+@functools.cache
+def _library() -> RuntimeLibrary:
+    return load_library(LIBRARY)
+
+
+@functools.cache
+def load_kernel(kernel: CompiledKernel) -> int:
+    """The handle of a compiled kernel, valid on every device of its architecture until the process ends.
+
+    Raises:
+        RuntimeError: the driver refuses the cubin, or it was built for another version of the runtime.
+        UnsupportedDeviceError: there is no CUDA driver.
+        RuntimeLibraryError: the runtime library has not been built.
+    """
+    config = kernel.config
+    return _library().kernel_load(
+        kernel.cubin.read_bytes(),
+        kernel.symbol,
+        kernel.num_threads,
+        kernel.smem_bytes,
+        config.swizzle_bytes // config.dtype.num_bytes,
+        config.swizzle_bytes_v // config.dtype.num_bytes,
+        WARPGROUP_ROWS,
+        config.block_n,
+        _CLUSTER_SIZE,
+        _PROGRAMMATIC_LAUNCH,
+    )
+
+
+def forward(
+    handle: int,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_ctas: int,
+    num_value_passes: int,
+    heads_per_section: int,
+    score_scale: float,
+    exp2_scale: float,
+    window_left: int,
+    window_right: int,
+    attention_chunk: int,
+) -> None:
+    """Enqueue one forward pass on the current stream of the tensors' device; writes ``out`` and ``lse``.
+
+    Does not wait for the GPU; may be captured into a CUDA graph. The first launch on a device allocates two MiB
+    there for the counters that kernels take their tiles from. With ``num_ctas`` 0 or an empty ``out``, nothing
+    is launched.
+
+    Args:
+        handle: from `load_kernel`.
+        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with ``cu_seqlens_q``; fp16 or bf16.
+        k: (batch, seqlen_k, heads_kv, head_dim), or (total_k, heads_kv, head_dim) with ``cu_seqlens_k``.
+        v: as ``k``, with head_dim_v columns.
+        out: as ``q``, with head_dim_v columns.
+        lse: fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with ``cu_seqlens_q``.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1) or None.
+        seqused_q, seqused_k: int32 (batch) or None.
+        max_seqlen_q, max_seqlen_k: longest sequence on each packed side; a dense side's is its tensor's.
+        num_ctas, num_value_passes, heads_per_section: the launch, from `heuristics.ForwardPlan`.
+        score_scale: 1.0, or softmax_scale / softcap.
+        exp2_scale: softmax_scale * log2(e), or softcap * log2(e).
+        window_left, window_right: keys visible to each side of the diagonal, -1 for unlimited.
+        attention_chunk: chunk width in keys, 0 for none.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; nothing has been launched. All tensors lie on one
+            CUDA device; q, k, v, out: last stride 1, address and strides between heads, rows and sequences
+            multiples of 16 bytes.
+        RuntimeError: the driver reports an error, possibly of earlier work.
+    """
+    _library().forward(
+        handle,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_ctas,
+        num_value_passes,
+        heads_per_section,
+        score_scale,
+        exp2_scale,
+        window_left,
+        window_right,
+        attention_chunk,
+    )
+
+
+def num_sms(device_index: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return _library().num_sms(device_index)
+
+
+def compute_capability(device_index: int) -> tuple[int, int]:
+    """(major, minor) of a CUDA device."""
+    major, minor = _library().compute_capability(device_index)
+    return major, minor
