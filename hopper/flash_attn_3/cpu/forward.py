@@ -1,0 +1,170 @@
+"""The forward kernel's algorithm, tile by tile.
+
+Tile sizes, block ranges and the order of the key blocks are the kernel's; so are the places where numbers are
+rounded. Batch and heads, which the kernel spreads over CTAs, are tensor dimensions here. Column passes over wide
+values are not modelled: each pass computes the same probabilities.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from ..heuristics import ForwardPlan
+from ..problem import ForwardProblem, MaskSpec, SeqLayout
+from .block_range import block_range
+from .mask import visible_pairs
+from .softmax import NEG_INF, OnlineSoftmax
+
+
+@torch.no_grad()
+def forward(
+    plan: ForwardPlan,
+    problem: ForwardProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+) -> None:
+    """Attention on CPU tensors; writes ``out`` and ``lse`` in place.
+
+    Rows that do not exist (past seqused_q, or outside every segment) are left as they are in both. Rows without
+    a visible key get out 0 and LSE -inf.
+
+    Args:
+        plan, problem: the planner's answer and its question; they give tile sizes and mask.
+        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with cu_seqlens_q.
+        k: (batch, seqlen_k, heads_kv, head_dim), or (total_k, heads_kv, head_dim) with cu_seqlens_k.
+        v: like k, with head_dim_v.
+        out: like q, with head_dim_v.
+        lse: fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with cu_seqlens_q.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1), or None for a dense side.
+        seqused_q, seqused_k: int32 (batch), rows of each sequence that exist, or None for all.
+        softmax_scale: factor of q.k, positive.
+        softcap: c of c * tanh(softmax_scale * q.k / c), 0 for none.
+    """
+    score = _ScoreScales.of(softmax_scale, softcap)
+    if problem.seq_layout is SeqLayout.DENSE:
+        _attend(plan, problem.mask, score, q, k, v, out, lse)
+        return
+    lengths_q = _used_lengths(problem.batch, q, cu_seqlens_q, seqused_q)
+    lengths_k = _used_lengths(problem.batch, k, cu_seqlens_k, seqused_k)
+    for sequence, (len_q, len_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        _attend(
+            plan,
+            problem.mask,
+            score,
+            _sequence_rows(q, cu_seqlens_q, sequence, len_q),
+            _sequence_rows(k, cu_seqlens_k, sequence, len_k),
+            _sequence_rows(v, cu_seqlens_k, sequence, len_k),
+            _sequence_rows(out, cu_seqlens_q, sequence, len_q),
+            _sequence_rows(lse.mT, cu_seqlens_q, sequence, len_q).mT,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScoreScales:
+    """The softmax is taken in base 2 over exp2_scale * score.
+
+    Without softcap the score is q.k itself and score_scale is 1; with it, tanh(score_scale * q.k).
+    """
+
+    has_softcap: bool
+    score_scale: float
+    exp2_scale: float
+
+    @classmethod
+    def of(cls, softmax_scale: float, softcap: float) -> _ScoreScales:
+        if softcap > 0.0:
+            return cls(True, softmax_scale / softcap, softcap * math.log2(math.e))
+        return cls(False, 1.0, softmax_scale * math.log2(math.e))
+
+    def apply(self, dot_products: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(dot_products * self.score_scale) if self.has_softcap else dot_products
+
+
+def _used_lengths(
+    batch: int, rows: torch.Tensor, cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None
+) -> list[int]:
+    """How many rows of each sequence exist: its segment, cut to seqused."""
+    segments = [rows.shape[1]] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
+    used = segments if seqused is None else seqused.tolist()
+    return [max(0, min(length, segment)) for length, segment in zip(used, segments, strict=True)]
+
+
+def _sequence_rows(tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, sequence: int, length: int) -> torch.Tensor:
+    """The existing rows of one sequence of (batch, seqlen, ...) or (total, ...), as a view (1, length, ...)."""
+    if cu_seqlens is None:
+        return tensor[sequence : sequence + 1, :length]
+    return tensor.narrow(0, int(cu_seqlens[sequence]), length)[None]
+
+
+def _attend(
+    plan: ForwardPlan,
+    mask: MaskSpec,
+    score: _ScoreScales,
+    q: torch.Tensor,  # (b, len_q, h, d)
+    k: torch.Tensor,  # (b, len_k, hk, d)
+    v: torch.Tensor,  # (b, len_k, hk, dv)
+    out: torch.Tensor,  # (b, len_q, h, dv)
+    lse: torch.Tensor,  # (b, h, len_q)
+) -> None:
+    """All tiles of equally long sequences."""
+    block_m = plan.config.block_m
+    len_q, heads_kv = q.shape[1], k.shape[2]
+    for m_block in range(-(-len_q // block_m)):
+        rows = range(m_block * block_m, min((m_block + 1) * block_m, len_q))
+        tile = slice(rows.start, rows.stop)
+        q_tile = q[:, tile].unflatten(2, (heads_kv, -1))  # (b, m, hk, g, d)
+        tile_out, tile_lse = _attend_tile(plan, mask, score, m_block, rows, len_q, q_tile, k, v)
+        out[:, tile] = tile_out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        lse[:, :, tile] = tile_lse.flatten(1, 2)
+
+
+def _attend_tile(
+    plan: ForwardPlan,
+    mask: MaskSpec,
+    score: _ScoreScales,
+    m_block: int,
+    rows: range,
+    len_q: int,
+    q: torch.Tensor,  # (b, m, hk, g, d)
+    k: torch.Tensor,  # (b, len_k, hk, d)
+    v: torch.Tensor,  # (b, len_k, hk, dv)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One tile of query rows against its key blocks, right to left.
+
+    Returns:
+        The output (b, hk, g, m, dv) and the LSE (b, hk, g, m), in the accumulation type.
+    """
+    block_n, len_k, group = plan.config.block_n, k.shape[1], q.shape[3]
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    # The query heads that share keys are rows of one product, so that keys and values need no copies.
+    q_rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3).to(accumulate)  # (b, hk, g * m, d)
+    softmax = OnlineSoftmax(tuple(q_rows.shape[:3]), score.exp2_scale, accumulate)
+    output = q_rows.new_zeros(*q_rows.shape[:3], v.shape[-1])
+    blocks = block_range(mask, m_block, plan.config.block_m, block_n, len_q, len_k)
+    for n_block in reversed(range(blocks.begin, blocks.end)):
+        keys = range(n_block * block_n, min((n_block + 1) * block_n, len_k))
+        k_block = k[:, keys.start : keys.stop].transpose(1, 2).to(accumulate)  # (b, hk, n, d)
+        v_block = v[:, keys.start : keys.stop].transpose(1, 2).to(accumulate)  # (b, hk, n, dv)
+        scores = score.apply(q_rows @ k_block.mT)  # (b, hk, g * m, n)
+        if not blocks.is_full(n_block):
+            visible = visible_pairs(mask, rows, keys, len_q, len_k).repeat(group, 1)
+            scores = scores.masked_fill(~visible, NEG_INF)
+        probabilities, correction = softmax.update(scores)
+        # The tensor cores read P in the input type; the row sum keeps the unrounded values.
+        probabilities = probabilities.to(q.dtype).to(accumulate)
+        output = output * correction[..., None] + probabilities @ v_block
+    normalizer, lse = softmax.finish()
+    output = output * normalizer[..., None]
+    return output.unflatten(2, (group, -1)), lse.unflatten(2, (group, -1))
