@@ -1,0 +1,295 @@
+"""The public functions, with FlashAttention-3's signatures.
+
+Shapes in all of them: b sequences, sq and sk rows of queries and keys, h query heads, hk key/value heads (h is a
+multiple of hk; query head i reads key/value head i // (h / hk)), head dims d and dv.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc
+from .flash_attn_config import CONFIG
+from .ops import gradient_is_wanted, operators_are_watched
+
+#: There is no AMD back end; the name is read by programs that ask which one is in use.
+USE_TRITON_ROCM = False
+flash_attn_3_gpu = torch.ops.flash_attn_3
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+):
+    """softmax(softmax_scale * q @ k^T) @ v, exactly, for sequences of equal length.
+
+    Query row i stands at key position i + sk - sq (bottom-right alignment). A row that sees no key gives out 0 and
+    a log-sum-exp of -inf. CPU tensors run a slow model of the kernel; CUDA tensors need a Hopper GPU.
+
+    Args:
+        q: (b, sq, h, d), float16 or bfloat16. d is a multiple of 8, at most 256.
+        k: (b, sk, hk, d), dtype of q.
+        v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192.
+        softmax_scale: finite and > 0; d ** -0.5 by default.
+        causal: a row sees the keys up to its own position; the same as window_size=(left, 0).
+        qv: not available yet.
+        q_descale, k_descale, v_descale: float32 (b, hk); only FP8 inputs, which are not available yet, read them.
+        window_size: (left, right): a row at position p sees keys p - left to p + right. -1 or None: unlimited.
+        attention_chunk: if > 0, a row sees only keys of its own chunk of that many positions.
+        softcap: if > 0, a score becomes softcap * tanh(score / softcap).
+        num_splits: 1, or <= 0 to leave the number to the planner. More is not available yet.
+        pack_gqa: a performance hint.
+        deterministic: concerns the backward pass; the forward pass is always deterministic.
+        sm_margin: multiprocessors to leave to others.
+        return_attn_probs: return the log-sum-exp too.
+
+    Returns:
+        out (b, sq, h, dv), dtype of q; with return_attn_probs the pair (out, lse), lse float32 (b, h, sq): the
+        natural logarithm of the softmax's denominator.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; the text names it.
+        NotImplementedError: a feature is not available yet, among them the backward pass.
+        UnsupportedDeviceError: the GPU is not a Hopper.
+    """
+    run = _runner(FlashAttnFunc, q, k, v)
+    return run(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        deterministic,
+        sm_margin,
+        return_attn_probs,
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+):
+    """`flash_attn_func` on queries, keys and values in one tensor, without copying them.
+
+    Args:
+        qkv: (b, s, 3, h, d), or (b, s, h + 2 * hk, d) with num_heads_q.
+        num_heads_q: h of a 4-dimensional qkv; what it leaves are hk key heads and hk value heads.
+
+    The other arguments, the returns and the errors are those of `flash_attn_func`.
+    """
+    run = _runner(FlashAttnQKVPackedFunc, qkv)
+    return run(
+        qkv,
+        softmax_scale,
+        causal,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        deterministic,
+        num_heads_q,
+        sm_margin,
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+):
+    """`flash_attn_func` on sequences of different lengths, packed one after another.
+
+    Args:
+        q: (total_q, h, d).
+        k: (total_k, hk, d).
+        v: (total_k, hk, dv).
+        cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), contiguous: sequence i has the rows cu_seqlens[i] to
+            cu_seqlens[i + 1]. Where one is None, that side is dense, shaped as in `flash_attn_func`.
+        max_seqlen_q, max_seqlen_k: rows of the longest sequence, or more; read only where cu_seqlens is given.
+        seqused_q, seqused_k: int32 (b,), contiguous: only so many rows of each sequence take part. Rows of out and
+            lse past seqused_q are left unwritten.
+
+    The other arguments and the errors are those of `flash_attn_func`.
+
+    Returns:
+        out (total_q, h, dv); with return_attn_probs the pair (out, lse), lse float32 (h, total_q).
+    """
+    run = _runner(FlashAttnVarlenFunc, q, k, v)
+    return run(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        deterministic,
+        sm_margin,
+        return_attn_probs,
+    )
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    return_softmax_lse=False,
+):
+    """Attention of new queries over a key/value cache. Not available yet: raises NotImplementedError."""
+    raise NotImplementedError(
+        "flash_attn_with_kvcache is not available yet; for a dense cache, flash_attn_varlen_func with "
+        "cu_seqlens_k=None and seqused_k attends to the first seqused_k rows of each sequence"
+    )
+
+
+def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
+    """Merge the partial results of split keys. Not available yet: raises NotImplementedError."""
+    raise NotImplementedError("flash_attn_combine is not available yet")
+
+
+def get_scheduler_metadata(
+    batch_size,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_heads_q,
+    num_heads_kv,
+    headdim,
+    cache_seqlens,
+    qkv_dtype=torch.bfloat16,
+    headdim_v=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    cache_leftpad=None,
+    page_size=None,
+    max_seqlen_k_new=0,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    has_softcap=False,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+):
+    """Plan calls of `flash_attn_with_kvcache` ahead. Not available yet: raises NotImplementedError."""
+    raise NotImplementedError("get_scheduler_metadata is not available yet")
+
+
+def round_multiple(x: int, m: int) -> int:
+    """The smallest multiple of ``m`` that is not below ``x``."""
+    return -(-x // m) * m
+
+
+def round_up_headdim(head_size: int) -> int:
+    """The tile width that a head dim runs in: the next of 64, 96, 128, 192 that this build has, else 256."""
+    flags = CONFIG["build_flags"]
+    widths = (64, 96, 128, 192, 256)
+    return next((w for w in widths if head_size <= w and not flags[f"FLASHATTENTION_DISABLE_HDIM{w}"]), 256)
+
+
+def _runner(function: type, *tensors: torch.Tensor) -> Any:
+    """``function.apply`` where eager autograd must record it, else its forward pass without autograd's cost.
+
+    Operators bring an autograd formula of their own.
+    """
+    if gradient_is_wanted(*tensors) and not operators_are_watched(tensors[0]):
+        return function.apply
+    return function.compute
