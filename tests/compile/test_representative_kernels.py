@@ -1,0 +1,125 @@
+"""Real kernels through the real compiler, on any machine that has one: instructions, spills, time and memory."""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flash_attn_3 import compiler, toolchain
+from flash_attn_3.cache import CompiledKernel
+from flash_attn_3.config import Dtype, ForwardConfig, Mask, Score, SeqLayout
+from flash_attn_3.errors import CompilerNotFoundError
+from flash_attn_3.heuristics import forward_config
+from flash_attn_3.problem import ForwardProblem, MaskSpec
+
+pytestmark = pytest.mark.compile
+
+#: What a forward kernel may cost: seconds of one core, and resident memory.
+BUDGET_SECONDS = 6.0
+BUDGET_BYTES = 800_000_000
+
+
+def planned(
+    head_dim: int,
+    mask: Mask,
+    head_dim_v: int | None = None,
+    dtype: Dtype = Dtype.BF16,
+    layout: SeqLayout = SeqLayout.DENSE,
+    score: Score = Score.SCALED,
+) -> ForwardConfig:
+    """The kernel that the planner chooses for long sequences of this kind."""
+    problem = ForwardProblem(
+        dtype, 2, 8192, 8192, 16, 16, head_dim, head_dim_v or head_dim, MaskSpec(mask), score, layout, 132
+    )
+    return forward_config(problem)
+
+
+D128_CAUSAL = planned(128, Mask.CAUSAL)
+REPRESENTATIVES = [
+    D128_CAUSAL,
+    planned(128, Mask.FULL),
+    planned(64, Mask.FULL),
+    planned(256, Mask.CAUSAL),
+    planned(192, Mask.CAUSAL, head_dim_v=128),
+    planned(128, Mask.LOCAL, dtype=Dtype.FP16, layout=SeqLayout.VARLEN, score=Score.SOFTCAP),
+]
+
+
+@pytest.fixture(scope="module")
+def compile_kernel(tmp_path_factory):
+    """Compiles a configuration once per test run, in an empty folder: what is measured must not come from a cache."""
+    try:
+        toolchain.find_compiler()
+    except CompilerNotFoundError as error:
+        pytest.skip(f"needs nvcc: {error}")
+    folder = tmp_path_factory.mktemp("kernels")
+    return functools.lru_cache(lambda config: compiler.compile_one(config, folder, announce=False))
+
+
+def disassemble(kernel: CompiledKernel) -> collections.Counter[str]:
+    """How often each SASS instruction occurs, without its modifiers."""
+    sass = subprocess.run([_nvdisasm(), "-c", kernel.cubin], capture_output=True, text=True, check=True).stdout
+    opcode = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)", re.MULTILINE)
+    return collections.Counter(opcode.findall(sass))
+
+
+def _nvdisasm() -> str:
+    spec = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    found = next((str(tool) for place in places for tool in place.glob("*/bin/nvdisasm")), shutil.which("nvdisasm"))
+    if found is None:
+        pytest.skip("needs nvdisasm: `pip install nvidia-cuda-nvdisasm`")
+    return found
+
+
+@pytest.mark.parametrize("config", REPRESENTATIVES, ids=lambda config: config.name)
+class TestRepresentativeKernels:
+    def test_nothing_spills(self, compile_kernel, config):
+        meta = compile_kernel(config).meta
+        assert (meta["spill_store_bytes"], meta["spill_load_bytes"], meta["stack_bytes"]) == (0, 0, 0)
+
+    def test_launch_registers_fill_the_register_file(self, compile_kernel, config):
+        # setmaxnreg starts from what ptxas gives under the launch bounds: 64K registers over the CTA's threads, in
+        # multiples of 8. Any other count means that the launch bounds, and with them the split, did not hold.
+        kernel = compile_kernel(config)
+        assert kernel.meta["registers"] == 65536 // kernel.num_threads // 8 * 8
+
+    def test_uses_hoppers_instructions(self, compile_kernel, config):
+        instructions = disassemble(compile_kernel(config))
+        # The least there can be: one chain of products for S = Q K^T and one for O += P V, 16 deep each step.
+        assert instructions["HGMMA"] >= config.head_dim // 16 + config.block_n // 16
+        assert instructions["UTMALDG"] >= 3  # q, k, v
+        assert instructions["UTMASTG"] >= 1  # out
+        assert instructions["USETMAXREG"] >= 2  # producer and consumers
+        assert instructions["HMMA"] == 0  # the tensor-core instruction of older GPUs
+        assert instructions["LDL"] == instructions["STL"] == 0  # local memory
+
+    def test_costs_are_recorded(self, compile_kernel, config, record_property):
+        meta = compile_kernel(config).meta
+        for figure in ("compile_seconds", "compile_cpu_seconds", "compile_peak_bytes"):
+            record_property(figure, meta[figure])
+            assert meta[figure] > 0
+        print(
+            f"{config.name}: {meta['compile_seconds']:.1f} s ({meta['compile_cpu_seconds']:.1f} s of CPU), "
+            f"{meta['compile_peak_bytes'] / 1e9:.2f} GB"
+        )
+
+
+def test_compile_budget(compile_kernel):
+    # Seconds of CPU rather than of the wall clock: a busy machine does not make the kernel more expensive.
+    meta = compile_kernel(D128_CAUSAL).meta
+    assert meta["compile_cpu_seconds"] <= BUDGET_SECONDS
+    assert meta["compile_peak_bytes"] <= BUDGET_BYTES
+
+
+def test_drift_between_python_and_headers_stops_the_build(compile_kernel, monkeypatch):
+    monkeypatch.setattr(ForwardConfig, "producer_registers", property(lambda config: 40))
+    config = dataclasses.replace(D128_CAUSAL, num_stages=3, block_n=64)
+    with pytest.raises(compiler.KernelCompileError, match="producer_registers: the Python configuration and"):
+        compile_kernel(config)

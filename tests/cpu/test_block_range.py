@@ -1,0 +1,173 @@
+"""Block ranges against brute force: the Python model, and the kernels' header compiled for the host."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flash_attn_3.config import Mask
+from flash_attn_3.cpu.block_range import BlockRange, block_range, row_keys
+from flash_attn_3.problem import UNLIMITED, MaskSpec, normalize_mask
+
+HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "kernels" / "core"
+#: Tiles for which the header is instantiated; small ones, so that short sequences have many blocks.
+COMPILED_TILES = ((4, 3), (8, 16), (64, 80), (128, 176), (192, 128))
+
+BlockRangeFunction = Callable[[MaskSpec, int, int, int, int, int], BlockRange]
+
+
+def mask_specs(limit: int) -> st.SearchStrategy[MaskSpec]:
+    """All three masks; windows and chunks up to ``limit`` keys."""
+    side = st.one_of(st.just(UNLIMITED), st.integers(0, limit))
+    chunk = st.one_of(st.just(0), st.integers(1, limit))
+    return st.one_of(
+        st.just(MaskSpec(Mask.FULL)),
+        st.just(MaskSpec(Mask.CAUSAL, UNLIMITED, 0)),
+        st.builds(MaskSpec, st.just(Mask.LOCAL), side, side, chunk),
+    )
+
+
+@st.composite
+def tiles(draw: st.DrawFn, tile_sizes: st.SearchStrategy[tuple[int, int]], max_len: int) -> tuple:
+    """Arguments of a block-range function: (mask, m_block, block_m, block_n, len_q, len_k)."""
+    block_m, block_n = draw(tile_sizes)
+    len_q = draw(st.integers(1, max_len))
+    len_k = draw(st.integers(0, max_len))
+    m_block = draw(st.integers(0, (len_q - 1) // block_m))
+    return draw(mask_specs(max_len + 10)), m_block, block_m, block_n, len_q, len_k
+
+
+def sees(mask: MaskSpec, row: int, key: int, len_q: int, len_k: int) -> bool:
+    """One pair, straight from the definition of `MaskSpec`."""
+    position = row + len_k - len_q
+    return (
+        (mask.window_left == UNLIMITED or key >= position - mask.window_left)
+        and (mask.window_right == UNLIMITED or key <= position + mask.window_right)
+        and (mask.attention_chunk == 0 or key // mask.attention_chunk == position // mask.attention_chunk)
+    )
+
+
+def check_against_brute_force(function: BlockRangeFunction, tile: tuple) -> None:
+    mask, m_block, block_m, block_n, len_q, len_k = tile
+    blocks = function(*tile)
+    assert 0 <= blocks.begin <= blocks.full_begin <= blocks.full_end <= blocks.end <= -(-len_k // block_n)
+    rows = range(m_block * block_m, min((m_block + 1) * block_m, len_q))
+    for n_block in range(-(-len_k // block_n)):
+        keys = range(n_block * block_n, (n_block + 1) * block_n)
+        visible = [key < len_k and sees(mask, row, key, len_q, len_k) for row in rows for key in keys]
+        # Exact in both directions: no needed block is missed, no block is visited or masked for nothing.
+        assert any(visible) == (blocks.begin <= n_block < blocks.end), n_block
+        assert all(visible) == blocks.is_full(n_block), n_block
+
+
+@settings(max_examples=2500)
+@given(tiles(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_len=40))
+@example((MaskSpec(Mask.CAUSAL, UNLIMITED, 0), 0, 4, 4, 9, 3))  # W5: leading rows without a key
+@example((MaskSpec(Mask.LOCAL, 3, 2, 0), 0, 4, 4, 12, 5))  # W1: more queries than keys, right window
+@example((MaskSpec(Mask.LOCAL, 100, 100, 0), 1, 4, 4, 7, 9))  # W2: windows beyond the sequence
+@example((MaskSpec(Mask.LOCAL, UNLIMITED, UNLIMITED, 4), 0, 4, 3, 11, 6))  # chunks at negative positions
+@example((MaskSpec(Mask.FULL), 0, 4, 4, 1, 0))  # N5: no keys
+def test_model_matches_brute_force(tile):
+    check_against_brute_force(block_range, tile)
+
+
+@settings(max_examples=1000)
+@given(mask_specs(30), st.integers(1, 30), st.integers(0, 30))
+def test_row_keys_match_brute_force_and_grow_with_the_row(mask, len_q, len_k):
+    previous = range(0, 0)
+    for row in range(len_q):
+        keys = row_keys(mask, row, len_q, len_k)
+        assert list(keys) == [key for key in range(len_k) if sees(mask, row, key, len_q, len_k)]
+        assert keys.start >= previous.start and keys.stop >= previous.stop
+        previous = keys
+
+
+@settings(max_examples=1000)
+@given(
+    st.booleans(),
+    st.tuples(st.integers(-2, 25), st.integers(-2, 25)),
+    st.integers(0, 20),
+    st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    st.tuples(st.integers(0, 20), st.integers(0, 20)),
+)
+def test_normalising_a_mask_keeps_what_is_visible(causal, window_size, chunk, max_lens, shorter_by):
+    """Also for sequences shorter than the longest one, whose lengths the normalisation does not know (W1, W2)."""
+    mask = normalize_mask(causal, window_size, chunk, *max_lens)
+    left, right = window_size
+    asked = MaskSpec(Mask.LOCAL, max(left, UNLIMITED), 0 if causal else max(right, UNLIMITED), chunk)
+    len_q, len_k = (max(0, length - less) for length, less in zip(max_lens, shorter_by, strict=True))
+    for row in range(len_q):
+        assert row_keys(mask, row, len_q, len_k) == row_keys(asked, row, len_q, len_k)
+
+
+def test_window_that_misses_the_first_blocks_is_cut_on_both_sides():
+    """W4: the first query tile of a window over a longer key sequence."""
+    mask = MaskSpec(Mask.LOCAL, 333, 0, 0)
+    assert block_range(mask, 0, 128, 128, 300, 4096) == BlockRange(27, 29, 29, 31)
+
+
+# -- the kernels' header ---------------------------------------------------------------------------------------
+
+WRAPPER = r"""
+#include "{headers}/block_range.h"
+
+template <fa::Mask kMask, int kBlockM, int kBlockN>
+void write_blocks(const int* arguments, int* blocks) {{
+  const fa::Visibility<kMask> visibility = {{arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]}};
+  const fa::BlockRange range = visibility.template blocks<kBlockM, kBlockN>(arguments[0]);
+  blocks[0] = range.begin;
+  blocks[1] = range.full_begin;
+  blocks[2] = range.full_end;
+  blocks[3] = range.end;
+}}
+"""
+
+
+def wrapper_symbol(mask: Mask, block_m: int, block_n: int) -> str:
+    return f"blocks_{mask.slug}_{block_m}_{block_n}"
+
+
+@pytest.fixture(scope="module")
+def header_block_range(tmp_path_factory) -> BlockRangeFunction:
+    """``core/block_range.h`` compiled for the host, called like the model."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to compile the kernels' header for the host")
+    source = WRAPPER.format(headers=HEADERS)
+    for mask in Mask:
+        for tile in COMPILED_TILES:
+            arguments = ", ".join([f"fa::{mask.cpp}", *map(str, tile)])
+            source += (
+                f'extern "C" void {wrapper_symbol(mask, *tile)}(const int* arguments, int* blocks) '
+                f"{{ write_blocks<{arguments}>(arguments, blocks); }}\n"
+            )
+    folder = tmp_path_factory.mktemp("block_range")
+    (folder / "wrapper.cc").write_text(source)
+    command = ["g++", "-std=c++17", "-O1", "-ftrapv", "-shared", "-fPIC", "wrapper.cc", "-o", "wrapper.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "wrapper.so"))
+
+    def blocks_of(mask: MaskSpec, m_block: int, block_m: int, block_n: int, len_q: int, len_k: int) -> BlockRange:
+        arguments = (m_block, len_q, len_k, mask.window_left, mask.window_right, mask.attention_chunk)
+        blocks = (ctypes.c_int * 4)()
+        wrapper = getattr(library, wrapper_symbol(mask.mask, block_m, block_n))
+        wrapper((ctypes.c_int * len(arguments))(*arguments), blocks)
+        return BlockRange(*blocks)
+
+    return blocks_of
+
+
+@settings(max_examples=2500)
+@given(tile=tiles(st.sampled_from(COMPILED_TILES[:2]), max_len=40))
+def test_header_matches_brute_force(header_block_range, tile):
+    check_against_brute_force(header_block_range, tile)
+
+
+@settings(max_examples=2500)
+@given(tile=tiles(st.sampled_from(COMPILED_TILES), max_len=3000))
+def test_header_matches_model_on_long_sequences(header_block_range, tile):
+    assert header_block_range(*tile) == block_range(*tile)

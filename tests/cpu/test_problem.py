@@ -1,0 +1,165 @@
+"""Mask normalisation against brute force, and the planner over everything that may be asked of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
+from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_forward
+from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, normalize_mask
+from reference import AttentionOptions, visible_pairs
+
+LENGTHS = st.integers(0, 40)
+SIDES = st.one_of(st.just(-1), st.integers(-3, 45))
+CHUNKS = st.one_of(st.just(0), st.integers(1, 50))
+
+
+def before(causal: bool, window: tuple[int, int], chunk: int, len_q: int, len_k: int) -> torch.Tensor:
+    options = AttentionOptions(causal=causal, window_size=window, attention_chunk=chunk)
+    return visible_pairs(options, range(len_q), len_q, len_k)
+
+
+def after(spec: MaskSpec, len_q: int, len_k: int) -> torch.Tensor:
+    """What a kernel does with a normalised mask: FULL and CAUSAL look at neither window nor chunk."""
+    options = {
+        Mask.FULL: AttentionOptions(),
+        Mask.CAUSAL: AttentionOptions(causal=True),
+        Mask.LOCAL: AttentionOptions(
+            window_size=(spec.window_left, spec.window_right), attention_chunk=spec.attention_chunk
+        ),
+    }[spec.mask]
+    return visible_pairs(options, range(len_q), len_q, len_k)
+
+
+@settings(max_examples=2000)
+@given(st.booleans(), st.tuples(SIDES, SIDES), CHUNKS, LENGTHS, LENGTHS, st.data())
+def test_normalised_mask_shows_the_same_pairs(causal, window, chunk, max_q, max_k, data):
+    """W1, W2, W4: for the longest sequences and for every shorter one of a variable-length batch."""
+    spec = normalize_mask(causal, window, chunk, max_q, max_k)
+    for len_q, len_k in [(max_q, max_k), data.draw(st.tuples(st.integers(0, max_q), st.integers(0, max_k)))]:
+        assert torch.equal(after(spec, len_q, len_k), before(causal, window, chunk, len_q, len_k))
+
+
+@given(st.booleans(), st.tuples(SIDES, SIDES), CHUNKS, LENGTHS, LENGTHS)
+def test_normalised_mask_is_the_cheapest(causal, window, chunk, max_q, max_k):
+    spec = normalize_mask(causal, window, chunk, max_q, max_k)
+    if spec.mask is Mask.FULL:
+        assert (spec.window_left, spec.window_right, spec.attention_chunk) == (UNLIMITED, UNLIMITED, 0)
+    if chunk == 0 and max_q > 0 and max_k > 0 and before(causal, window, chunk, max_q, max_k).all():
+        assert spec.mask is Mask.FULL, "nothing is hidden, so nothing needs masking"
+    again = normalize_mask(False, (spec.window_left, spec.window_right), spec.attention_chunk, max_q, max_k)
+    assert again == spec
+
+
+@given(st.tuples(SIDES, SIDES), LENGTHS, LENGTHS)
+def test_causal_is_a_right_side_of_zero(window, max_q, max_k):
+    left, _ = window
+    assert normalize_mask(True, window, 0, max_q, max_k) == normalize_mask(False, (left, 0), 0, max_q, max_k)
+
+
+# -- the planner -------------------------------------------------------------------------------------------
+
+
+def allowed_head_dims() -> list[tuple[int, int]]:
+    """Every (head_dim, head_dim_v) that the validation lets through."""
+    steps = range(8, 257, 8)
+    equal = [(d, d) for d in steps]
+    wider = [(d, dv) for d in steps if d <= 64 for dv in range(8, 513, 8)]
+    narrower = [(d, dv) for d in steps if 128 < d <= 192 for dv in steps if 96 < dv <= 128]
+    return sorted({*equal, *wider, *narrower})
+
+
+@st.composite
+def problems(draw) -> ForwardProblem:
+    head_dim, head_dim_v = draw(st.sampled_from(allowed_head_dims()))
+    heads_kv = draw(st.integers(1, 128))
+    heads_q = heads_kv * draw(st.integers(0, 128))
+    max_seqlen_q, max_seqlen_k = draw(st.integers(0, MAX_SEQLEN)), draw(st.integers(0, MAX_SEQLEN))
+    # Tiles have at least 64 rows, and values take at most two passes.
+    tiles_per_sequence = max(1, heads_q * (max_seqlen_q // 64 + 1) * 2)
+    window = draw(st.tuples(st.integers(-1, 2**31 - 1), st.integers(-1, 2**31 - 1)))
+    chunk = draw(st.one_of(st.just(0), st.integers(1, 2**31 - 1)))
+    return ForwardProblem(
+        dtype=draw(st.sampled_from(Dtype)),
+        batch=draw(st.integers(0, min(100_000, MAX_TILES // tiles_per_sequence))),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        mask=normalize_mask(draw(st.booleans()), window, chunk, max_seqlen_q, max_seqlen_k),
+        score=draw(st.sampled_from(Score)),
+        seq_layout=draw(st.sampled_from(SeqLayout)),
+        num_sms=draw(st.integers(1, 132)),
+    )
+
+
+@settings(max_examples=1000)
+@given(problems())
+def test_every_problem_has_a_valid_plan(problem):
+    plan = plan_forward(problem)
+    config = plan.config
+    config.validate()
+    assert config.dtype is problem.dtype
+    assert config.mask is problem.mask.mask
+    assert config.score is problem.score
+    assert config.seq_layout is problem.seq_layout
+    assert config.head_dim >= problem.head_dim
+    assert config.head_dim_v * plan.num_value_passes >= problem.head_dim_v
+    assert config.head_dim_v * (plan.num_value_passes - 1) < problem.head_dim_v, "no pass may be empty"
+
+
+def test_too_many_tiles_are_refused():
+    """I1: tile numbers are 32 bits wide."""
+    problem = ForwardProblem(
+        Dtype.BF16, 2**24, 1, 1, 128, 1, 8, 8, MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, num_sms=132
+    )
+    with pytest.raises(ValueError, match=r"2147483648 tiles .* at most 2147418112 are supported"):
+        plan_forward(problem)
+
+
+@given(problems())
+def test_launch_shape(problem):
+    """I1, I5: however many tiles there are, no more CTAs than multiprocessors, and every number fits in 32 bits."""
+    plan = plan_forward(problem)
+    nothing_to_do = 0 in (problem.batch, problem.heads_q, problem.max_seqlen_q)
+    assert (plan.num_ctas == 0) == nothing_to_do
+    assert plan.num_ctas <= problem.num_sms
+    units = problem.heads_q * plan.num_value_passes * max(1, problem.batch)
+    assert 1 <= plan.heads_per_section <= max(1, units)
+    assert plan.heads_per_section < 2**31
+
+
+@given(problems(), st.integers(1, 132))
+def test_plan_depends_on_the_problem_alone(problem, num_sms):
+    first = plan_forward(problem)
+    plan_forward.cache_clear()
+    plan_forward(dataclasses.replace(problem, num_sms=num_sms))
+    assert plan_forward(problem) == first
+    assert forward_config(dataclasses.replace(problem, num_sms=num_sms)) == first.config, (
+        "results must not depend on the number of multiprocessors"
+    )
+
+
+def test_wide_values_take_two_passes():
+    """The 64/512 shape: two column passes of 256."""
+    mask = MaskSpec(Mask.FULL)
+    problem = ForwardProblem(Dtype.BF16, 1, 128, 128, 1, 1, 64, 512, mask, Score.SCALED, SeqLayout.DENSE, 132)
+    plan = plan_forward(problem)
+    assert (plan.config.head_dim, plan.config.head_dim_v, plan.num_value_passes) == (64, 256, 2)
+
+
+def test_every_allowed_head_dim_has_tiles():
+    for head_dim, head_dim_v in allowed_head_dims():
+        tile, tile_v = head_dim_tiles(head_dim, head_dim_v)
+        assert head_dim <= tile and (head_dim_v <= tile_v or tile_v == 256)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(257, 64), (96, 104), (192, 200)])
+def test_head_dims_without_tiles(head_dim, head_dim_v):
+    with pytest.raises(ValueError, match="is not supported"):
+        head_dim_tiles(head_dim, head_dim_v)
