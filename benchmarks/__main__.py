@@ -1,0 +1,81 @@
+"""Run a suite and write its figures to a JSON file.
+
+    python -m benchmarks --suite fwd                        39 shapes beside cuDNN, flash, flex and FlashAttention-4
+    python -m benchmarks --suite fwd --shapes bars          six shapes; fails below the speed that is demanded
+    python -m benchmarks --suite fwd --shapes d128,causal --peers cudnn
+    python -m benchmarks --suite overhead                   host time per call
+    python -m benchmarks --suite compile --preset core      build time and memory; needs no GPU
+
+`python -m benchmarks.report FILE --markdown` shows a file, `--plot` draws it, `--readme` puts it into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import machine, peers, shapes
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=("fwd", "overhead", "compile"), required=True)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/SUITE.json")
+    parser.add_argument("--commit", metavar="TEXT", help="names the measured sources where this is no git clone")
+    timed = parser.add_argument_group("fwd and overhead")
+    timed.add_argument("--shapes", default="peers", help="a set (peers, bars, quick) and filters (d128, causal, s8192)")
+    timed.add_argument("--peers", default="cudnn,flash,flex,fa4", help="default: %(default)s; may be empty")
+    timed.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    timed.add_argument("--rounds", type=int, default=2, help="measurements of each version, in turns; default: 2")
+    timed.add_argument("--cooldown", type=float, default=0.2, metavar="S", help="rest before each; default: 0.2 s")
+    built = parser.add_argument_group("compile")
+    built.add_argument("--preset", default="core", help="core, all, or a file of kernel names; default: core")
+    built.add_argument("--kernel", action="append", default=[], metavar="NAME", help="instead; may be repeated")
+    built.add_argument("--jobs", type=int, help="compilers at once; 1 for undisturbed times of single kernels")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 if a result is wrong or too slow, 2 if the suite cannot run here."""
+    options = _parse(arguments)
+    if options.suite != "compile" and not torch.cuda.is_available():
+        print(f"suite {options.suite} needs a Hopper GPU; torch sees no CUDA device", file=sys.stderr)
+        return 2
+    failed: list[str] = []
+    try:
+        if options.suite == "fwd":
+            from . import forward
+
+            dtype = getattr(torch, options.dtype)
+            chosen, peer_names = shapes.select(options.shapes), peers.select(options.peers)
+            result = forward.measure(chosen, peer_names, dtype, options.rounds, options.cooldown)
+            failed = forward.failures(result)
+        elif options.suite == "overhead":
+            from . import overhead
+
+            result = overhead.measure(peers.select(options.peers))
+        else:
+            from . import compilation
+
+            result = compilation.measure(options.preset, options.kernel, options.jobs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.commit:
+        result["commit"] = options.commit
+    path = options.out or machine.RESULTS / f"{options.suite}.json"
+    machine.save(result, path)
+    print(f"wrote {path}", file=sys.stderr)
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Show result files: `python -m benchmarks.report FILE... --markdown | --plot | --readme`.
+
+--markdown prints tables, --plot writes FILE.png (needs matplotlib), --readme replaces what stands in README.md between
+the markers `<!-- results:SUITE -->` and `<!-- /results:SUITE -->` by the table of each file's suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine, peers
+
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--readme", action="store_true")
+    options = parser.parse_args(arguments)
+    if not (options.markdown or options.plot or options.readme):
+        parser.error("nothing to do: give --markdown, --plot or --readme")
+    for file in options.files:
+        result = json.loads(file.read_text())
+        if options.markdown:
+            print(markdown(result))
+        if options.plot:
+            plot(result, file.with_suffix(".png"))
+        if options.readme:
+            update_readme(result, machine.ROOT / "README.md")
+    return 0
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def markdown(result: Result) -> str:
+    """The suite's table, below a line that says where it comes from."""
+    return f"{_origin(result)}\n\n{_TABLES[result['suite']](result)}\n"
+
+
+def _origin(result: Result) -> str:
+    device, versions = result["device"], result["versions"]
+    parts = [device["name"], f"commit {result['commit']}", result["date"], f"torch {versions['torch']}"]
+    if result["suite"] == "compile":
+        parts += [f"{device['cores']} cores", f"nvcc {result['compiler']}"]
+    else:
+        parts += [f"CUDA {versions['cuda']}", f"cuDNN {versions['cudnn']}", f"driver and power {device['driver']}"]
+    if "matmul_tflops" in result:
+        parts.append(
+            "8192³ matrix product " + ", ".join(f"{value:.0f}" for value in result["matmul_tflops"]) + " TFLOP/s"
+        )
+    return "; ".join(parts) + "."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown with the first column to the left and numbers to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _forward_table(result: Result) -> str:
+    names = [peers.OURS, *result["settings"]["peers"]]
+    header = ["TFLOP/s", *(peers.LABELS[name] for name in names), peers.LABELS["fa3"], "/ cuDNN", "/ front", "error"]
+    rows = []
+    for row in result["rows"]:
+        estimate, front = row["fa3_equivalent_tflops"], row.get("front")
+        rows.append([
+            row["name"],
+            *(_speed(row["results"][name]) for name in names),
+            "" if estimate is None else f"{estimate:.0f}",
+            f"{row['ratios']['cudnn']:.2f}" if "cudnn" in row["ratios"] else "",
+            "" if front is None else f"{front['ratio']:.2f} ({front['name']})",
+            f"{row['results'][peers.OURS]['max_error']:.1e}",
+        ])  # fmt: skip
+    note = (
+        "Mean of the medians of all rounds, ± half their distance. FlashAttention-3 equivalent: cuDNN here times the "
+        "ratio of the two in an earlier run. Front: the best of FlashAttention-3 equivalent, cuDNN and "
+        "FlashAttention-4. Error: largest difference to float64."
+    )
+    return f"{_table(header, rows)}\n\n{note}"
+
+
+def _speed(entry: dict[str, Any]) -> str:
+    if "unavailable" in entry:
+        return "n/a"
+    wrong = " **wrong**" if entry["wrong"] else ""
+    return f"{entry['tflops']:.0f} ± {entry['tflops'] * entry['spread'] / 2:.0f}{wrong}"
+
+
+def _overhead_table(result: Result) -> str:
+    rows = [[row["name"], "n/a" if "unavailable" in row else f"{row['us']:.1f}"] for row in result["rows"]]
+    return _table(["call", "host time, us"], rows)
+
+
+def _compile_table(result: Result) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['compile_seconds']:.1f}",
+            f"{row['compile_peak_bytes'] / 1e9:.2f}",
+            str(row["registers"]),
+            str((row["spill_store_bytes"] or 0) + (row["spill_load_bytes"] or 0)),
+            f"{row['cubin_bytes'] / 1024:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    table = _table(["kernel", "s", "GB", "registers", "spilled bytes", "KiB"], rows)
+    largest = max((row["compile_peak_bytes"] for row in result["rows"]), default=0) / 1e9
+    total = (
+        f"All {len(rows)} in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time; "
+        f"the largest process takes {largest:.2f} GB."
+    )
+    return f"{table}\n\n{total}"
+
+
+_TABLES: dict[str, Callable[[Result], str]] = {
+    "fwd": _forward_table,
+    "overhead": _overhead_table,
+    "compile": _compile_table,
+}
+
+
+# -- README and plot -------------------------------------------------------------------------------------
+
+
+def update_readme(result: Result, readme: Path) -> None:
+    """Replace the suite's table. Raises ValueError if README has no markers for it."""
+    suite = result["suite"]
+    begin, end = f"<!-- results:{suite} -->", f"<!-- /results:{suite} -->"
+    text = readme.read_text()
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{readme} has no markers {begin} ... {end}")
+    readme.write_text(pattern.sub(lambda _: f"{begin}\n{markdown(result)}{end}", text))
+    print(f"updated {readme}: {suite}", file=sys.stderr)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw TFLOP/s over the sequence length, one panel per head dim and mask; shapes with grouped heads stay out."""
+    if result["suite"] != "fwd":
+        raise ValueError(f"suite {result['suite']} has no plot; only fwd has")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    square = [row for row in result["rows"] if row["shape"]["heads_q"] == row["shape"]["heads_kv"]]
+    head_dims = sorted({row["shape"]["head_dim"] for row in square})
+    masks = sorted({row["shape"]["causal"] for row in square})
+    size = (3.6 * len(head_dims), 3.0 * len(masks) + 0.8)
+    figure, axes = pyplot.subplots(len(masks), len(head_dims), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, (causal, head_dim) in zip(axes.flat, itertools.product(masks, head_dims), strict=True):
+        rows = [row for row in square if (row["shape"]["causal"], row["shape"]["head_dim"]) == (causal, head_dim)]
+        for name in [peers.OURS, *result["settings"]["peers"]]:
+            points = [(row["shape"]["seqlen"], row["results"][name].get("tflops", math.nan)) for row in rows]
+            width = 2.5 if name == peers.OURS else 1.2
+            axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=peers.LABELS[name])
+        axis.set_title(f"head dim {head_dim}, {'causal' if causal else 'full'}")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes.flat[0].set_ylim(bottom=0)  # shared; after the last curve, since it ends autoscaling
+    figure.supxlabel("sequence length")
+    figure.supylabel("TFLOP/s")
+    figure.suptitle(f"Forward pass, {result['settings']['dtype'].removeprefix('torch.')}, {result['device']['name']}")
+    axes.flat[0].legend(fontsize="small", loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
