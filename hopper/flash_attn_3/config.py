@@ -88,6 +88,17 @@ class Schedule(KernelEnum):
     PING_PONG = "kPingPong"
 
 
+class Rescale(KernelEnum):
+    """When the accumulated output is brought to a new maximum of its row.
+
+    EAGER: at every key block. LAZY: when the maximum has grown by more than 8 in the base-2 exponent since the last
+    time, which a branch finds out; the result is exact either way. LAZY pays where the output is wide.
+    """
+
+    EAGER = "kEager"
+    LAZY = "kLazy"
+
+
 class OutputBuffer(KernelEnum):
     """Where the output tile is staged for its TMA store: in shared memory of its OWN, or WITH_Q in q's."""
 
@@ -133,6 +144,7 @@ class ForwardConfig(KernelConfig):
     block_n: int
     num_stages: int = 2
     schedule: Schedule = Schedule.PING_PONG
+    rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
 
     # -- derived; the C++ twins are in csrc/kernels/core/traits.cuh ------------------------------------
@@ -193,6 +205,7 @@ class ForwardConfig(KernelConfig):
             self.score.slug,
             f"m{self.block_m}n{self.block_n}s{self.num_stages}",
             self.schedule.slug,
+            self.rescale.slug,
             f"o_{self.output_buffer.slug}",
         ]
         return "_".join(parts)

@@ -9,6 +9,7 @@ from .config import (
     ForwardConfig,
     Mask,
     OutputBuffer,
+    Rescale,
     Schedule,
     Score,
     SeqLayout,
@@ -34,6 +35,7 @@ class ForwardTile:
     block_n: int
     num_stages: int = 2
     schedule: Schedule = Schedule.PING_PONG
+    rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
 
 
@@ -42,8 +44,10 @@ _SQUARE = ForwardTile(128, 128)
 
 
 def _big(block_n: int, output_buffer: OutputBuffer = OutputBuffer.WITH_Q) -> ForwardTile:
-    """Tiles whose accumulators leave no room for two warpgroups' softmax out of step."""
-    return ForwardTile(128, block_n, schedule=Schedule.INTRA_WARPGROUP, output_buffer=output_buffer)
+    """Tiles with a wide output: products outweigh the softmax, so no turns; correcting the output costs the most."""
+    return ForwardTile(
+        128, block_n, schedule=Schedule.INTRA_WARPGROUP, rescale=Rescale.LAZY, output_buffer=output_buffer
+    )
 
 
 #: (head_dim tile, head_dim_v tile) -> mask -> tile.

@@ -12,31 +12,30 @@ constexpr float kLn2 = 0.69314718055994531f;
 
 // Statistics of the thread's two rows. A row is spread over the four threads of a quad.
 //
-// Exponents are taken relative to a reference, which follows the row's maximum only when that has grown by more than
-// kHeadroom: sums and outputs of a row share the reference, so any reference gives the exact result, and probabilities
-// up to 2^kHeadroom fit all formats. Most blocks then need no correction of the output.
+// Exponents are taken relative to a reference, near the row's maximum so far. Sums and outputs of a row share it, so
+// any reference gives the exact result. kEager: it is the maximum. kLazy: it follows the maximum only when that has
+// grown by more than kHeadroom; most blocks then need no correction of the output, at the price of a branch.
+template <Rescale kRescale>
 struct OnlineSoftmax {
-  static constexpr float kHeadroom = 8.f;  // in the exponent, base 2
+  static constexpr float kHeadroom = 8.f;  // in the base-2 exponent: probabilities up to 2^8 fit all formats
 
   float reference[kRowsPerThread] = {-INFINITY, -INFINITY};  // a score, unscaled; equal over the quad
   float row_sum[kRowsPerThread] = {0.f, 0.f};                // this thread's part
   float correction[kRowsPerThread];                          // what the last update makes of older outputs
-  bool corrects;                                             // whether that is anything but 1 in this warp
+  bool corrects;                                             // whether that may be anything but 1 in this warp
 
   // scores (64 x block_n) become exp2(exp2_scale * (score - reference)).
   template <int kSize>
   FA_DEVICE void update(float (&scores)[kSize], float exp2_scale) {
-    bool grown = false;
+    corrects = kRescale == Rescale::kEager;
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
-      const float maximum = row_maximum(scores, row);
       const float old_reference = reference[row];
-      // False for a row without a visible key so far: -inf - -inf is NaN.
-      const bool grows = (maximum - old_reference) * exp2_scale > kHeadroom;
-      if (grows) reference[row] = maximum;
-      grown |= grows;
+      const bool moved = move_reference(row, row_maximum(scores, row), exp2_scale);
+      corrects |= moved;
+      // A row without a visible key so far: -inf - -inf would be NaN, exp2(-inf - 0) is 0.
       const float scaled_reference = reference[row] == -INFINITY ? 0.f : reference[row] * exp2_scale;
-      correction[row] = grows ? exp2_approx(old_reference * exp2_scale - scaled_reference) : 1.f;
+      correction[row] = moved ? exp2_approx(old_reference * exp2_scale - scaled_reference) : 1.f;
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -47,7 +46,7 @@ struct OnlineSoftmax {
       }
       row_sum[row] = fmaf(row_sum[row], correction[row], sum);
     }
-    corrects = __any_sync(~0u, grown);
+    if constexpr (kRescale == Rescale::kLazy) corrects = __any_sync(~0u, corrects);
   }
 
   // After the last block: the factors that normalise the output, and the rows' natural log-sum-exp. A row without
@@ -64,6 +63,18 @@ struct OnlineSoftmax {
   }
 
  private:
+  // Returns whether it may have moved.
+  FA_DEVICE bool move_reference(int row, float maximum, float exp2_scale) {
+    if constexpr (kRescale == Rescale::kEager) {
+      reference[row] = fmaxf(reference[row], maximum);
+      return true;
+    }
+    // False for a row without a visible key so far: -inf - -inf is NaN.
+    const bool moves = (maximum - reference[row]) * exp2_scale > kHeadroom;
+    if (moves) reference[row] = maximum;
+    return moves;
+  }
+
   // Of the whole row: equal over the quad.
   template <int kSize>
   FA_DEVICE static float row_maximum(const float (&scores)[kSize], int row) {

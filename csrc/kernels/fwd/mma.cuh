@@ -16,7 +16,7 @@ class TileMma {
   using Shape = ForwardShape<Traits>;
 
   float out[Traits::kHeadDimV / 2];  // 64 x head_dim_v, fp32, not normalised
-  OnlineSoftmax softmax;
+  OnlineSoftmax<Traits::kRescale> softmax;
 
   FA_DEVICE TileMma(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup)
       : turn_{warpgroup}, params_(params), smem_(smem), control_(smem.control) {}
@@ -27,15 +27,18 @@ class TileMma {
   // Leaves the tile's output in `out` and its statistics in `softmax`. Key blocks run from the last to the first.
   // `tile` lies in shared memory; it is read again where an edge block needs it rather than kept in registers.
   FA_DEVICE void run(const WorkTile& tile, uint32_t q_phase) {
-    softmax = OnlineSoftmax{};
+    softmax = {};
     clear_fragment(out);
     Barrier::wait(&control_.q.full[turn_.warpgroup], q_phase);
     const BlockRange range =
         tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block);
     if (range.empty()) return;
-    first_block(tile, range, range.end - 1);
-#pragma unroll 1
-    for (int n_block = range.end - 2; n_block >= range.begin; --n_block) next_block(tile, range, n_block);
+    int n_block = range.end - 1;
+    first_block(tile, range, n_block--);
+    // One loop for each kind of block: a branch inside a step keeps the compiler from ordering its instructions well.
+    if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(tile, n_block, range.full_end);
+    run_blocks<BlockKind::kFull>(tile, n_block, range.full_begin);
+    if constexpr (Traits::kMask == Mask::kLocal) run_blocks<BlockKind::kEdge>(tile, n_block, range.begin);
     last_values();
   }
 
@@ -46,6 +49,16 @@ class TileMma {
 
  private:
   using Scores = float[Traits::kBlockN / 2];
+
+  // Whether every row of the tile sees every key of the block.
+  enum class BlockKind { kFull, kEdge };
+
+  // Down to block `begin`.
+  template <BlockKind kKind>
+  FA_DEVICE void run_blocks(const WorkTile& tile, int& n_block, int begin) {
+#pragma unroll 1
+    for (; n_block >= begin; --n_block) next_block<kKind>(tile, n_block);
+  }
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
 
@@ -58,13 +71,15 @@ class TileMma {
     cute::warpgroup_wait<0>();
     fence_fragment(scores);
     release_k();
-    prepare(tile, range, scores, n_block);
+    apply_hook(tile, scores, n_block);
+    if (!range.is_full(n_block)) mask(tile, scores, n_block);
     softmax.update(scores, params_.exp2_scale);
     pack_fragment<Traits::kDtype>(p_, scores);
   }
 
   // QK of this block and PV of the one before are in flight together; the softmax of this block runs beside PV.
-  FA_DEVICE void next_block(const WorkTile& tile, const BlockRange& range, int n_block) {
+  template <BlockKind kKind>
+  FA_DEVICE void next_block(const WorkTile& tile, int n_block) {
     Scores scores;
     control_.k.wait_full(k_stage_);
     turn_.wait();
@@ -75,7 +90,8 @@ class TileMma {
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
     release_k();
-    prepare(tile, range, scores, n_block);
+    apply_hook(tile, scores, n_block);
+    if constexpr (kKind == BlockKind::kEdge) mask(tile, scores, n_block);
     softmax.update(scores, params_.exp2_scale);
     cute::warpgroup_wait<0>();
     fence_fragment(out);
@@ -109,16 +125,17 @@ class TileMma {
     cute::warpgroup_commit_batch();
   }
 
-  // Score hook, then mask where the block crosses the edge of what the tile sees.
-  FA_DEVICE void prepare(const WorkTile& tile, const BlockRange& range, Scores& scores, int n_block) {
-    const int first_key = n_block * Traits::kBlockN;
+  FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {
     if constexpr (Traits::kScore != Score::kScaled) {
       apply_score<Traits::kScore>(
-          scores, {tile.batch, tile.head_q, tile.head_kv, first_row(tile), first_key + fragment_column()}, params_);
+          scores,
+          {tile.batch, tile.head_q, tile.head_kv, first_row(tile), n_block * Traits::kBlockN + fragment_column()},
+          params_);
     }
-    if (!range.is_full(n_block)) {
-      mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), first_key);
-    }
+  }
+
+  FA_DEVICE void mask(const WorkTile& tile, Scores& scores, int n_block) {
+    mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), n_block * Traits::kBlockN);
   }
 
   // The sequence's row that is the thread's first.

@@ -150,7 +150,7 @@ def _attend_tile(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     # The query heads that share keys are rows of one product, so that keys and values need no copies.
     q_rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3).to(accumulate)  # (b, hk, g * m, d)
-    softmax = OnlineSoftmax(tuple(q_rows.shape[:3]), score.exp2_scale, accumulate)
+    softmax = OnlineSoftmax(tuple(q_rows.shape[:3]), score.exp2_scale, accumulate, plan.config.rescale)
     output = q_rows.new_zeros(*q_rows.shape[:3], v.shape[-1])
     blocks = block_range(mask, m_block, plan.config.block_m, block_n, len_q, len_k)
     for n_block in reversed(range(blocks.begin, blocks.end)):

@@ -6,28 +6,31 @@ import math
 
 import torch
 
+from ..config import Rescale
+
 NEG_INF = float("-inf")
 
 
 #: How far, in the base-2 exponent, a row's maximum may grow before its reference follows.
-HEADROOM = 8.0
+HEADROOM = {Rescale.EAGER: 0.0, Rescale.LAZY: 8.0}
 
 
 class OnlineSoftmax:
     """Softmax over score * exp2_scale in base 2, taken block by block.
 
-    Exponents are relative to a reference, a raw score, which follows the row's maximum only when that has grown
-    by more than `HEADROOM`. Sums and outputs of a row share it, so the result is exact, and most blocks need no
-    correction of the output.
+    Exponents are relative to a reference, a raw score, which follows the row's maximum when that has grown by more
+    than `HEADROOM`. Sums and outputs of a row share it, so the result is exact either way.
 
     Args:
         row_shape: shape of the rows, (..., m).
         exp2_scale: positive factor of the exponent.
         dtype: accumulation type.
+        rescale: when the reference follows the maximum.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], exp2_scale: float, dtype: torch.dtype):
+    def __init__(self, row_shape: tuple[int, ...], exp2_scale: float, dtype: torch.dtype, rescale: Rescale):
         self.exp2_scale = exp2_scale
+        self.headroom = HEADROOM[rescale]
         self.reference = torch.full(row_shape, NEG_INF, dtype=dtype, device="cpu")
         self.row_sum = torch.zeros(row_shape, dtype=dtype, device="cpu")
 
@@ -39,7 +42,7 @@ class OnlineSoftmax:
             accumulated before to the new reference.
         """
         # False for a row that has seen no key yet: -inf - -inf is NaN.
-        grows = (scores.amax(-1) - self.reference) * self.exp2_scale > HEADROOM
+        grows = (scores.amax(-1) - self.reference) * self.exp2_scale > self.headroom
         reference = torch.where(grows, scores.amax(-1), self.reference)
         # Such a row keeps the reference -inf; 0 in its place keeps NaN out of the exponent.
         exponent_shift = torch.where(reference == NEG_INF, 0.0, reference * self.exp2_scale)
