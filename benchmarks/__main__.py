@@ -33,7 +33,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     timed.add_argument("--peers", default="cudnn,flash,flex,fa4", help="default: %(default)s; may be empty")
     timed.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     timed.add_argument("--rounds", type=int, default=2, help="measurements of each version, in turns; default: 2")
-    timed.add_argument("--cooldown", type=float, default=0.2, metavar="S", help="rest before each; default: 0.2 s")
     built = parser.add_argument_group("compile")
     built.add_argument("--preset", default="core", help="core, all, or a file of kernel names; default: core")
     built.add_argument("--kernel", action="append", default=[], metavar="NAME", help="instead; may be repeated")
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             dtype = getattr(torch, options.dtype)
             chosen, peer_names = shapes.select(options.shapes), peers.select(options.peers)
-            result = forward.measure(chosen, peer_names, dtype, options.rounds, options.cooldown)
+            result = forward.measure(chosen, peer_names, dtype, options.rounds)
             failed = forward.failures(result)
         elif options.suite == "overhead":
             from . import overhead

@@ -21,23 +21,21 @@ LARGEST_RELATIVE_ERROR = 1e-2
 
 
 def measure(
-    shapes: Sequence[ForwardShape], peer_names: Sequence[str], dtype: torch.dtype, rounds: int, cooldown_s: float
+    shapes: Sequence[ForwardShape], peer_names: Sequence[str], dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
     """Measure every shape; returns the result file's content."""
-    settings = {"peers": list(peer_names), "dtype": str(dtype), "rounds": rounds, "cooldown_s": cooldown_s}
+    settings = {"peers": list(peer_names), "dtype": str(dtype), "rounds": rounds}
     result = machine.describe("fwd", settings)
     result["matmul_tflops"] = [matmul_tflops()]
     for number, shape in enumerate(shapes, start=1):
-        row = measure_shape(shape, [peers.OURS, *peer_names], dtype, rounds, cooldown_s)
+        row = measure_shape(shape, [peers.OURS, *peer_names], dtype, rounds)
         result["rows"].append(row)
         print(f"[{number}/{len(shapes)}] {shape.name}: {_summary(row)}", file=sys.stderr, flush=True)
     result["matmul_tflops"].append(matmul_tflops())
     return result
 
 
-def measure_shape(
-    shape: ForwardShape, names: Sequence[str], dtype: torch.dtype, rounds: int, cooldown_s: float
-) -> dict[str, Any]:
+def measure_shape(shape: ForwardShape, names: Sequence[str], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One row: what each version reached, and how this package compares."""
     torch.manual_seed(0)
     q, k, v = (
@@ -58,7 +56,7 @@ def measure_shape(
             results[name] = {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         calls[name], results[name] = call, errors
-    for name, timing in time_in_turns(calls, rounds, cooldown_s).items():
+    for name, timing in time_in_turns(calls, rounds).items():
         results[name] |= {
             "rounds_ms": timing.rounds_ms,
             "ms": timing.ms,

@@ -34,8 +34,11 @@ struct OnlineSoftmax {
       const bool moved = move_reference(row, row_maximum(scores, row), exp2_scale);
       corrects |= moved;
       // A row without a visible key so far: -inf - -inf would be NaN, exp2(-inf - 0) is 0.
-      const float scaled_reference = reference[row] == -INFINITY ? 0.f : reference[row] * exp2_scale;
-      correction[row] = moved ? exp2_approx(old_reference * exp2_scale - scaled_reference) : 1.f;
+      const float finite_reference = reference[row] == -INFINITY ? 0.f : reference[row];
+      const float scaled_reference = finite_reference * exp2_scale;
+      // The difference first: it is exactly 0 where nothing moved. Rounded products would leave a factor beside 1, and
+      // over millions of keys its power.
+      correction[row] = moved ? exp2_approx((old_reference - finite_reference) * exp2_scale) : 1.f;
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {

@@ -45,8 +45,9 @@ class OnlineSoftmax:
         grows = (scores.amax(-1) - self.reference) * self.exp2_scale > self.headroom
         reference = torch.where(grows, scores.amax(-1), self.reference)
         # Such a row keeps the reference -inf; 0 in its place keeps NaN out of the exponent.
-        exponent_shift = torch.where(reference == NEG_INF, 0.0, reference * self.exp2_scale)
-        correction = torch.where(grows, torch.exp2(self.reference * self.exp2_scale - exponent_shift), 1.0)
+        finite_reference = torch.where(reference == NEG_INF, 0.0, reference)
+        exponent_shift = finite_reference * self.exp2_scale
+        correction = torch.where(grows, torch.exp2((self.reference - finite_reference) * self.exp2_scale), 1.0)
         probabilities = torch.exp2(scores * self.exp2_scale - exponent_shift[..., None])
         self.row_sum = self.row_sum * correction + probabilities.sum(-1)
         self.reference = reference
