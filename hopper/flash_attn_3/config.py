@@ -160,11 +160,11 @@ class ForwardConfig(KernelConfig):
 
     @property
     def producer_registers(self) -> int:
-        return {1: 56, 2: 24, 3: 32}[self.num_consumer_warpgroups]
+        return {1: 56, 2: 24, 3: 32, 4: 32}[self.num_consumer_warpgroups]
 
     @property
     def consumer_registers(self) -> int:
-        return {1: 256, 2: 240, 3: 160}[self.num_consumer_warpgroups]
+        return {1: 256, 2: 240, 3: 160, 4: 112}[self.num_consumer_warpgroups]
 
     @property
     def swizzle_bytes(self) -> int:
@@ -215,7 +215,7 @@ class ForwardConfig(KernelConfig):
         rules = [
             (self.head_dim in (64, 96, 128, 192, 256), "head_dim", "64, 96, 128, 192 or 256"),
             (self.head_dim_v in (64, 96, 128, 192, 256), "head_dim_v", "64, 96, 128, 192 or 256"),
-            (self.block_m in (64, 128, 192), "block_m", "64, 128 or 192 (one to three consumer warpgroups)"),
+            (self.block_m in (64, 128, 192, 256), "block_m", "64, 128, 192 or 256 (one to four consumer warpgroups)"),
             (16 <= self.block_n <= 256 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 256]"),
             (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),
             (

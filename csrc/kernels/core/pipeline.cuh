@@ -43,7 +43,7 @@ struct Ring {
 };
 
 // Named barriers, 0 being __syncthreads: one per warpgroup for its turn, one per warpgroup for itself.
-enum NamedBarrierId { kTurnBarrier = 1, kWarpgroupBarrier = 4 };
+enum NamedBarrierId { kTurnBarrier = 1, kWarpgroupBarrier = kTurnBarrier + kMaxConsumerWarpgroups };
 
 FA_DEVICE void sync_warpgroup(int warpgroup) {
   cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, uint32_t(kWarpgroupBarrier + warpgroup));

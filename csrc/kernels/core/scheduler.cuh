@@ -19,26 +19,24 @@ struct ScheduledTile {
 // Tiles go to whichever CTA is free. All functions are called by whole warps.
 class TileQueue {
  public:
-  // The next tile's index: a CTA's first is its own number, the others come from the launch's counter.
+  // The next tile's index: a CTA's first is its own number, the others come from the launch's counter. The one after it
+  // is asked for at once, so that its way to memory and back passes while this tile is loaded.
   FA_DEVICE int take(TileCounter* counter) {
-    const int waiting = first_;
-    first_ = kTaken;
-    if (waiting != kTaken) return waiting;
-    int index = 0;
-    if (threadIdx.x % kWarpThreads == 0) index = int(gridDim.x) + atomicAdd(&counter->taken, 1);
-    return __shfl_sync(~0u, index, 0);
+    const int index = __shfl_sync(~0u, next_, 0);
+    if (threadIdx.x % kWarpThreads == 0) next_ = int(gridDim.x) + atomicAdd(&counter->taken, 1);
+    return index;
   }
 
   // To be called once, after the last take(). The last CTA to do so resets the counter for the next launch: nobody
-  // can take any more.
+  // can take any more, and the fence puts everybody's last request before.
   FA_DEVICE static void close(TileCounter* counter) {
     if (threadIdx.x % kWarpThreads != 0) return;
+    __threadfence();
     if (atomicAdd(&counter->finished, 1) == int(gridDim.x) - 1) *counter = {0, 0};
   }
 
  private:
-  static constexpr int kTaken = -1;
-  int first_ = int(blockIdx.x);
+  int next_ = int(blockIdx.x);  // of lane 0
 };
 
 template <class Traits, SeqLayout kSeqLayout = Traits::kSeqLayout>

@@ -19,13 +19,32 @@ constexpr int kTileSlots = 2;        // tiles announced ahead to the consumers
 // Width in bytes of one shared-memory column chunk of a tile `width` 16-bit elements wide, which is also its swizzle.
 constexpr int swizzle_bytes(int width) { return width * 2 % 128 == 0 ? 128 : 64; }
 
+constexpr int kMaxConsumerWarpgroups = 4;
+
+// Registers of a thread of each role after setmaxnreg. A CTA has no more than it is launched with, a multiple of 8 for
+// each thread: consumers that ask for more wait forever.
+struct RegisterSplit {
+  int producer, consumer;
+};
+constexpr RegisterSplit register_split(int num_consumer_warpgroups) {
+  constexpr RegisterSplit kSplits[kMaxConsumerWarpgroups] = {{56, 256}, {24, 240}, {32, 160}, {32, 112}};
+  return kSplits[num_consumer_warpgroups - 1];
+}
+
+constexpr bool fits_register_file(int num_consumer_warpgroups) {
+  const RegisterSplit split = register_split(num_consumer_warpgroups);
+  const int at_launch = 65536 / (kWarpgroupThreads * (num_consumer_warpgroups + 1)) / 8 * 8;
+  return split.producer + split.consumer * num_consumer_warpgroups <= at_launch * (num_consumer_warpgroups + 1);
+}
+
 template <class Traits>
 struct ForwardShape {
   static constexpr int kElementBytes = 2;
   static constexpr int kNumConsumerWarpgroups = Traits::kBlockM / kWarpgroupRows;
   static constexpr int kNumThreads = kWarpgroupThreads * (kNumConsumerWarpgroups + 1);
-  static constexpr int kProducerRegisters = kNumConsumerWarpgroups == 1 ? 56 : kNumConsumerWarpgroups == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kNumConsumerWarpgroups == 1 ? 256 : kNumConsumerWarpgroups == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = register_split(kNumConsumerWarpgroups).producer;
+  static constexpr int kConsumerRegisters = register_split(kNumConsumerWarpgroups).consumer;
+  static_assert(fits_register_file(kNumConsumerWarpgroups));
   static constexpr int kSwizzleBytes = swizzle_bytes(Traits::kHeadDim);
   static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
   static constexpr bool kOwnOutputBuffer = Traits::kOutputBuffer == OutputBuffer::kOwn;
