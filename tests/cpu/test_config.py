@@ -92,7 +92,7 @@ def test_valid_configurations_fit_the_machine(config):
     [
         ({"head_dim": 80}, r"head_dim=80 is not supported; it must be 64, 96, 128, 192 or 256"),
         ({"head_dim_v": 512}, r"head_dim_v=512 is not supported; it must be"),
-        ({"block_m": 256}, r"block_m=256 is not supported; it must be 64, 128 or 192"),
+        ({"block_m": 320}, r"block_m=320 is not supported; it must be 64, 128, 192 or 256"),
         ({"block_n": 24}, r"block_n=24 is not supported; it must be a multiple of 16"),
         ({"block_n": 272}, r"block_n=272 is not supported"),
         ({"num_stages": 1}, r"num_stages=1 is not supported; it must be in \[2, 8\]"),
