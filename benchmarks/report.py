@@ -1,7 +1,8 @@
 """Show result files: `python -m benchmarks.report FILE... --markdown | --plot | --readme`.
 
 --markdown prints tables, --plot writes FILE.png (needs matplotlib), --readme replaces what stands in README.md between
-the markers `<!-- results:SUITE -->` and `<!-- /results:SUITE -->` by the table of each file's suite.
+the markers `<!-- results:NAME -->` and `<!-- /results:NAME -->` by the table of NAME.json; files without markers there
+are passed over.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot:
             plot(result, file.with_suffix(".png"))
         if options.readme:
-            update_readme(result, machine.ROOT / "README.md")
+            update_readme(result, file.stem, machine.ROOT / "README.md")
     return 0
 
 
@@ -119,11 +120,12 @@ def _compile_table(result: Result) -> str:
     ]
     table = _table(["kernel", "s", "GB", "registers", "spilled bytes", "KiB"], rows)
     largest = max((row["compile_peak_bytes"] for row in result["rows"]), default=0) / 1e9
+    slowest = max((row["compile_seconds"] for row in result["rows"]), default=0)
     total = (
-        f"All {len(rows)} in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time; "
-        f"the largest process takes {largest:.2f} GB."
+        f"{len(rows)} kernels in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time; "
+        f"the slowest takes {slowest:.1f} s, the largest {largest:.2f} GB."
     )
-    return f"{table}\n\n{total}"
+    return f"{total}\n\n<details><summary>Each kernel</summary>\n\n{table}\n\n</details>"
 
 
 _TABLES: dict[str, Callable[[Result], str]] = {
@@ -136,16 +138,15 @@ _TABLES: dict[str, Callable[[Result], str]] = {
 # -- README and plot -------------------------------------------------------------------------------------
 
 
-def update_readme(result: Result, readme: Path) -> None:
-    """Replace the suite's table. Raises ValueError if README has no markers for it."""
-    suite = result["suite"]
-    begin, end = f"<!-- results:{suite} -->", f"<!-- /results:{suite} -->"
+def update_readme(result: Result, name: str, readme: Path) -> None:
+    """Replace the table between the markers of `name`, if there are any."""
+    begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
     text = readme.read_text()
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{readme} has no markers {begin} ... {end}")
+        return
     readme.write_text(pattern.sub(lambda _: f"{begin}\n{markdown(result)}{end}", text))
-    print(f"updated {readme}: {suite}", file=sys.stderr)
+    print(f"updated {readme}: {name}", file=sys.stderr)
 
 
 def plot(result: Result, path: Path) -> None:
