@@ -209,15 +209,10 @@ def _compile_locked(
             kernel = None
         if kernel is not None:
             return kernel
-        start = time.perf_counter()
         if announce:
-            print(
-                f"flash_attn_3: compiling {config.name} (once; cached in {store.root}) ...", file=sys.stderr, flush=True
-            )
+            line = f"flash_attn_3: compiling {config.name} (once; kept in {store.root})"
+            print(line, file=sys.stderr, flush=True)
         _build_entry(store, config, key, tools)
-        if announce:
-            seconds = time.perf_counter() - start
-            print(f"flash_attn_3: compiled {config.name} in {seconds:.1f} s", file=sys.stderr, flush=True)
         try:
             kernel = store.load(config, key)
         except DamagedEntryError as error:
