@@ -1,16 +1,13 @@
 """The geometry of the tensor maps against plain address arithmetic (KNOWN_BUGS L1, L2, I3)."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fake_cuda
-from flash_attn_3 import runtime
+from tensor_maps import ELEMENT_BYTES, Geometry
 
-ELEMENT_BYTES = 2
 ALIGNMENT = 16
 ALIGNED_ELEMENTS = ALIGNMENT // ELEMENT_BYTES
 STRIDE_LIMIT = 2**40 // ELEMENT_BYTES
@@ -18,26 +15,6 @@ INT32_MAX = 2**31 - 1
 #: Where the tensors of the property tests lie: far enough up for every extent that they draw.
 ADDRESS = 2**47
 MAX_EXTENT = 2**46 // ELEMENT_BYTES
-
-
-class Geometry:
-    """A tensor map; dimensions {column, head, row, origin, batch}, innermost first."""
-
-    def __init__(self, tensor, name="q"):
-        self.base, *rest = geometry_function()(name, tensor)
-        self.sizes = rest[:5]
-        self.strides = (ELEMENT_BYTES, *rest[5:])  # bytes
-
-    def address(self, coordinates):
-        return self.base + sum(c * s for c, s in zip(coordinates, self.strides, strict=True))
-
-    def in_bounds(self, coordinates):
-        return all(0 <= c < size for c, size in zip(coordinates, self.sizes, strict=True))
-
-
-@functools.cache
-def geometry_function():
-    return runtime.load_library(fake_cuda.runtime_library()).tensor_map_geometry
 
 
 def coordinates(bound, batch, offset, length, r, head, column):
