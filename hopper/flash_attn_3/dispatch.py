@@ -17,7 +17,7 @@ from . import validation
 from .config import Dtype, Score, SeqLayout
 from .errors import UnsupportedDeviceError
 from .heuristics import ForwardPlan, plan_forward
-from .problem import ForwardProblem, normalize_mask
+from .problem import ForwardProblem, ScoreScales, normalize_mask
 from .signature import ForwardSignature, forward_signature
 
 #: Multiprocessors that the CPU model pretends to have: those of an H100 or H200.
@@ -70,13 +70,15 @@ class CudaForward(ForwardLaunch):
         super().__init__(call)
         self._forward = runtime.forward
         self._handle = runtime.load_kernel(compiler.get_kernel(plan.config))
+        scales = ScoreScales.of(call.scale, float(call.softcap))
         self._launch_arguments = (
             problem.max_seqlen_q,
             problem.max_seqlen_k,
             plan.num_ctas,
             plan.num_value_passes,
             plan.heads_per_section,
-            *_kernel_scales(call),
+            scales.score_scale,
+            scales.exp2_scale,
             problem.mask.window_left,
             problem.mask.window_right,
             problem.mask.attention_chunk,
@@ -215,11 +217,3 @@ def _num_sms(device: torch.device) -> int:
             "(H100, H200, H800: compute capability 9.0). CPU tensors run everywhere"
         )
     return runtime.num_sms(device.index)
-
-
-def _kernel_scales(call: ForwardSignature) -> tuple[float, float]:
-    """(score_scale, exp2_scale): before the softcap's tanh, and from the score to the exponent of two."""
-    softmax_scale, softcap = call.scale, float(call.softcap)
-    if softcap > 0:
-        return softmax_scale / softcap, softcap * math.log2(math.e)
-    return 1.0, softmax_scale * math.log2(math.e)

@@ -7,6 +7,7 @@ changes between calls of the same shape (pointers, strides, scales, the lengths 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .config import Dtype, Mask, Score, SeqLayout
 
@@ -88,3 +89,21 @@ class ForwardProblem:
     score: Score
     seq_layout: SeqLayout
     num_sms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreScales:
+    """The two factors that a kernel is launched with. The softmax is taken in base 2 over exp2_scale * score.
+
+    Without a softcap the score is q.k itself and score_scale is 1; with one it is tanh(score_scale * q.k).
+    """
+
+    score_scale: float
+    exp2_scale: float
+
+    @classmethod
+    def of(cls, softmax_scale: float, softcap: float) -> ScoreScales:
+        """Of softcap * tanh(softmax_scale * q.k / softcap), or of softmax_scale * q.k where softcap is 0."""
+        if softcap > 0.0:
+            return cls(softmax_scale / softcap, softcap * math.log2(math.e))
+        return cls(1.0, softmax_scale * math.log2(math.e))

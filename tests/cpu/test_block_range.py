@@ -1,21 +1,18 @@
 """Block ranges against brute force: the Python model, and the kernels' header compiled for the host."""
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import host_headers
 from flash_attn_3.config import Mask
 from flash_attn_3.cpu.block_range import BlockRange, block_range, row_keys
 from flash_attn_3.problem import UNLIMITED, MaskSpec, normalize_mask
 
-HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "kernels" / "core"
-#: Tiles for which the header is instantiated; small ones, so that short sequences have many blocks.
+#: Tiles for which tests/block_range_shim.cc instantiates the header; small ones, so that short sequences have many
+#: blocks.
 COMPILED_TILES = ((4, 3), (8, 16), (64, 80), (128, 176), (192, 128))
 
 BlockRangeFunction = Callable[[MaskSpec, int, int, int, int, int], BlockRange]
@@ -113,61 +110,27 @@ def test_window_that_misses_the_first_blocks_is_cut_on_both_sides():
 
 # -- the kernels' header ---------------------------------------------------------------------------------------
 
-WRAPPER = r"""
-#include "{headers}/block_range.h"
 
-template <fa::Mask kMask, int kBlockM, int kBlockN>
-void write_blocks(const int* arguments, int* blocks) {{
-  const fa::Visibility<kMask> visibility = {{arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]}};
-  const fa::BlockRange range = visibility.template blocks<kBlockM, kBlockN>(arguments[0]);
-  blocks[0] = range.begin;
-  blocks[1] = range.full_begin;
-  blocks[2] = range.full_end;
-  blocks[3] = range.end;
-}}
-"""
-
-
-def wrapper_symbol(mask: Mask, block_m: int, block_n: int) -> str:
-    return f"blocks_{mask.slug}_{block_m}_{block_n}"
-
-
-@pytest.fixture(scope="module")
-def header_block_range(tmp_path_factory) -> BlockRangeFunction:
+def header_block_range(mask: MaskSpec, m_block: int, block_m: int, block_n: int, len_q: int, len_k: int) -> BlockRange:
     """``core/block_range.h`` compiled for the host, called like the model."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to compile the kernels' header for the host")
-    source = WRAPPER.format(headers=HEADERS)
-    for mask in Mask:
-        for tile in COMPILED_TILES:
-            arguments = ", ".join([f"fa::{mask.cpp}", *map(str, tile)])
-            source += (
-                f'extern "C" void {wrapper_symbol(mask, *tile)}(const int* arguments, int* blocks) '
-                f"{{ write_blocks<{arguments}>(arguments, blocks); }}\n"
-            )
-    folder = tmp_path_factory.mktemp("block_range")
-    (folder / "wrapper.cc").write_text(source)
-    command = ["g++", "-std=c++17", "-O1", "-ftrapv", "-shared", "-fPIC", "wrapper.cc", "-o", "wrapper.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "wrapper.so"))
-
-    def blocks_of(mask: MaskSpec, m_block: int, block_m: int, block_n: int, len_q: int, len_k: int) -> BlockRange:
-        arguments = (m_block, len_q, len_k, mask.window_left, mask.window_right, mask.attention_chunk)
-        blocks = (ctypes.c_int * 4)()
-        wrapper = getattr(library, wrapper_symbol(mask.mask, block_m, block_n))
-        wrapper((ctypes.c_int * len(arguments))(*arguments), blocks)
-        return BlockRange(*blocks)
-
-    return blocks_of
+    arguments = (m_block, len_q, len_k, mask.window_left, mask.window_right, mask.attention_chunk)
+    blocks = (ctypes.c_int * 4)()  # begin, full_begin, full_end, end
+    host_headers.build("block_range_shim.cc").block_range(
+        list(Mask).index(mask.mask),
+        COMPILED_TILES.index((block_m, block_n)),
+        (ctypes.c_int * len(arguments))(*arguments),
+        blocks,
+    )
+    return BlockRange(*blocks)
 
 
 @settings(max_examples=2500)
 @given(tile=tiles(st.sampled_from(COMPILED_TILES[:2]), max_len=40))
-def test_header_matches_brute_force(header_block_range, tile):
+def test_header_matches_brute_force(tile):
     check_against_brute_force(header_block_range, tile)
 
 
 @settings(max_examples=2500)
 @given(tile=tiles(st.sampled_from(COMPILED_TILES), max_len=3000))
-def test_header_matches_model_on_long_sequences(header_block_range, tile):
+def test_header_matches_model_on_long_sequences(tile):
     assert header_block_range(*tile) == block_range(*tile)

@@ -7,13 +7,11 @@ values are not modelled: each pass computes the same probabilities.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
 import torch
 
+from ..config import Score, SeqLayout
 from ..heuristics import ForwardPlan
-from ..problem import ForwardProblem, MaskSpec, SeqLayout
+from ..problem import ForwardProblem, MaskSpec, ScoreScales
 from .block_range import block_range
 from .mask import visible_pairs
 from .softmax import NEG_INF, OnlineSoftmax
@@ -52,9 +50,9 @@ def forward(
         softmax_scale: factor of q.k, positive.
         softcap: c of c * tanh(softmax_scale * q.k / c), 0 for none.
     """
-    score = _ScoreScales.of(softmax_scale, softcap)
+    scales = ScoreScales.of(softmax_scale, softcap)
     if problem.seq_layout is SeqLayout.DENSE:
-        _attend(plan, problem.mask, score, q, k, v, out, lse)
+        _attend(plan, problem.mask, scales, q, k, v, out, lse)
         return
     lengths_q = _used_lengths(problem.batch, q, cu_seqlens_q, seqused_q)
     lengths_k = _used_lengths(problem.batch, k, cu_seqlens_k, seqused_k)
@@ -62,34 +60,13 @@ def forward(
         _attend(
             plan,
             problem.mask,
-            score,
+            scales,
             _sequence_rows(q, cu_seqlens_q, sequence, len_q),
             _sequence_rows(k, cu_seqlens_k, sequence, len_k),
             _sequence_rows(v, cu_seqlens_k, sequence, len_k),
             _sequence_rows(out, cu_seqlens_q, sequence, len_q),
             _sequence_rows(lse.mT, cu_seqlens_q, sequence, len_q).mT,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _ScoreScales:
-    """The softmax is taken in base 2 over exp2_scale * score.
-
-    Without softcap the score is q.k itself and score_scale is 1; with it, tanh(score_scale * q.k).
-    """
-
-    has_softcap: bool
-    score_scale: float
-    exp2_scale: float
-
-    @classmethod
-    def of(cls, softmax_scale: float, softcap: float) -> _ScoreScales:
-        if softcap > 0.0:
-            return cls(True, softmax_scale / softcap, softcap * math.log2(math.e))
-        return cls(False, 1.0, softmax_scale * math.log2(math.e))
-
-    def apply(self, dot_products: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(dot_products * self.score_scale) if self.has_softcap else dot_products
 
 
 def _used_lengths(
@@ -111,7 +88,7 @@ def _sequence_rows(tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, sequen
 def _attend(
     plan: ForwardPlan,
     mask: MaskSpec,
-    score: _ScoreScales,
+    scales: ScoreScales,
     q: torch.Tensor,  # (b, len_q, h, d)
     k: torch.Tensor,  # (b, len_k, hk, d)
     v: torch.Tensor,  # (b, len_k, hk, dv)
@@ -125,7 +102,7 @@ def _attend(
         rows = range(m_block * block_m, min((m_block + 1) * block_m, len_q))
         tile = slice(rows.start, rows.stop)
         q_tile = q[:, tile].unflatten(2, (heads_kv, -1))  # (b, m, hk, g, d)
-        tile_out, tile_lse = _attend_tile(plan, mask, score, m_block, rows, len_q, q_tile, k, v)
+        tile_out, tile_lse = _attend_tile(plan, mask, scales, m_block, rows, len_q, q_tile, k, v)
         out[:, tile] = tile_out.permute(0, 3, 1, 2, 4).flatten(2, 3)
         lse[:, :, tile] = tile_lse.flatten(1, 2)
 
@@ -133,7 +110,7 @@ def _attend(
 def _attend_tile(
     plan: ForwardPlan,
     mask: MaskSpec,
-    score: _ScoreScales,
+    scales: ScoreScales,
     m_block: int,
     rows: range,
     len_q: int,
@@ -150,14 +127,16 @@ def _attend_tile(
     accumulate = torch.promote_types(q.dtype, torch.float32)
     # The query heads that share keys are rows of one product, so that keys and values need no copies.
     q_rows = q.permute(0, 2, 3, 1, 4).flatten(2, 3).to(accumulate)  # (b, hk, g * m, d)
-    softmax = OnlineSoftmax(tuple(q_rows.shape[:3]), score.exp2_scale, accumulate, plan.config.rescale)
+    softmax = OnlineSoftmax(tuple(q_rows.shape[:3]), scales.exp2_scale, accumulate, plan.config.rescale)
     output = q_rows.new_zeros(*q_rows.shape[:3], v.shape[-1])
     blocks = block_range(mask, m_block, plan.config.block_m, block_n, len_q, len_k)
     for n_block in reversed(range(blocks.begin, blocks.end)):
         keys = range(n_block * block_n, min((n_block + 1) * block_n, len_k))
         k_block = k[:, keys.start : keys.stop].transpose(1, 2).to(accumulate)  # (b, hk, n, d)
         v_block = v[:, keys.start : keys.stop].transpose(1, 2).to(accumulate)  # (b, hk, n, dv)
-        scores = score.apply(q_rows @ k_block.mT)  # (b, hk, g * m, n)
+        scores = q_rows @ k_block.mT  # (b, hk, g * m, n)
+        if plan.config.score is Score.SOFTCAP:
+            scores = torch.tanh(scores * scales.score_scale)
         if not blocks.is_full(n_block):
             visible = visible_pairs(mask, rows, keys, len_q, len_k).repeat(group, 1)
             scores = scores.masked_fill(~visible, NEG_INF)

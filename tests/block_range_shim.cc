@@ -1,0 +1,27 @@
+// The kernels' block ranges, for the CPU tests.
+#include "core/block_range.h"
+
+namespace {
+
+template <fa::Mask kMask, int kBlockM, int kBlockN>
+fa::BlockRange blocks(const int* arguments) {
+  const fa::Visibility<kMask> visibility = {arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
+  return visibility.template blocks<kBlockM, kBlockN>(arguments[0]);
+}
+
+template <int kBlockM, int kBlockN>
+fa::BlockRange blocks(fa::Mask mask, const int* arguments) {
+  return mask == fa::Mask::kFull     ? blocks<fa::Mask::kFull, kBlockM, kBlockN>(arguments)
+         : mask == fa::Mask::kCausal ? blocks<fa::Mask::kCausal, kBlockM, kBlockN>(arguments)
+                                     : blocks<fa::Mask::kLocal, kBlockM, kBlockN>(arguments);
+}
+
+}  // namespace
+
+// `tile`: an index into COMPILED_TILES of tests/cpu/test_block_range.py. `arguments`: m_block, len_q, len_k,
+// window_left, window_right, attention_chunk.
+extern "C" void block_range(fa::Mask mask, int tile, const int* arguments, fa::BlockRange* result) {
+  constexpr fa::BlockRange (*kTiles[])(fa::Mask, const int*) = {blocks<4, 3>, blocks<8, 16>, blocks<64, 80>,
+                                                                blocks<128, 176>, blocks<192, 128>};
+  *result = kTiles[tile](mask, arguments);
+}
