@@ -12,6 +12,7 @@ import torch
 
 from cpu_calls import random_qkv
 from flash_attn_3 import validation
+from flash_attn_3.problem import MAX_SEQLEN
 from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -181,7 +182,9 @@ for _side in ("q", "k"):
         f"{_cu}_device": varlen_rule(ValueError, [f"{_cu}: ", "meta", "cpu"], **{_cu: int32(0, 8, 16).to("meta")}),
         f"{_longest}_none": varlen_rule(ValueError, [f"{_longest}: ", "None", _cu], **{_longest: None}),
         f"{_longest}_negative": varlen_rule(ValueError, [f"{_longest}: ", "-1", ">= 0"], **{_longest: -1}),
-        f"{_longest}_huge": varlen_rule(ValueError, [f"{_longest}: ", str(2**31)], **{_longest: 2**31}),
+        f"{_longest}_huge": varlen_rule(
+            ValueError, [f"{_longest}: ", str(MAX_SEQLEN + 1)], **{_longest: MAX_SEQLEN + 1}
+        ),
         f"{_longest}_float": varlen_rule(TypeError, [f"{_longest}: ", "8.0", "int"], **{_longest: 8.0}),
         f"{_used}_int64": varlen_rule(TypeError, [f"{_used}: ", "int64", "int32"], **{_used: torch.tensor([8, 8])}),
         f"{_used}_shape": varlen_rule(ValueError, [f"{_used}: ", "(3,)", "(2,)"], **{_used: int32(8, 8, 8)}),
