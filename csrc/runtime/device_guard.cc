@@ -27,10 +27,8 @@ CUcontext primary_context(int ordinal) {
   return context;
 }
 
-bool current_context_is_on(int ordinal) {
-  CUcontext context = nullptr;
-  check_driver(driver().cuCtxGetCurrent(&context), "cuCtxGetCurrent");
-  if (context == nullptr) return false;
+bool is_on(CUcontext current, int ordinal) {
+  if (current == nullptr) return false;
   CUdevice device;
   check_driver(driver().cuCtxGetDevice(&device), "cuCtxGetDevice");
   return device == device_handle(ordinal);
@@ -41,8 +39,12 @@ bool current_context_is_on(int ordinal) {
 DeviceGuard::DeviceGuard(int ordinal) {
   FA_CHECK(0 <= ordinal && ordinal < kMaxDevices, ValueError)
       << "device " << ordinal << " is not supported; supported is 0 to " << kMaxDevices - 1;
-  if (current_context_is_on(ordinal)) return;
-  check_driver(driver().cuCtxPushCurrent(primary_context(ordinal)), "cuCtxPushCurrent");
+  CUcontext current = nullptr;
+  check_driver(driver().cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+  // Nearly always: every library that shares tensors works in the primary context.
+  CUcontext primary = primary_context(ordinal);
+  if (current == primary || is_on(current, ordinal)) return;
+  check_driver(driver().cuCtxPushCurrent(primary), "cuCtxPushCurrent");
   pushed_ = true;
 }
 

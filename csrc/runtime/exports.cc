@@ -15,6 +15,7 @@ namespace {
 
 using tvm::ffi::Array;
 using tvm::ffi::Bytes;
+using tvm::ffi::Function;
 using tvm::ffi::String;
 using tvm::ffi::Tuple;
 
@@ -45,14 +46,18 @@ int64_t load_kernel(Bytes cubin, String symbol, int64_t num_threads, int64_t sme
   return register_kernel(std::move(traits), cubin.data());
 }
 
-void run_forward(int64_t handle, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
-                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
-                 OptionalTensor seqused_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_ctas,
-                 int64_t num_value_passes, int64_t heads_per_section, double score_scale, double exp2_scale,
-                 int64_t window_left, int64_t window_right, int64_t attention_chunk) {
-  forward(handle, {q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k},
-          {max_seqlen_q, max_seqlen_k, num_ctas, num_value_passes, heads_per_section, score_scale, exp2_scale,
-           window_left, window_right, attention_chunk});
+// A function of the tensors alone. It lives as long as somebody holds it, and the kernel for good.
+Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_ctas,
+                          int64_t num_value_passes, int64_t heads_per_section, double score_scale, double exp2_scale,
+                          int64_t window_left, int64_t window_right, int64_t attention_chunk) {
+  ForwardLauncher launcher(handle, {max_seqlen_q, max_seqlen_k, num_ctas, num_value_passes, heads_per_section,
+                                    score_scale, exp2_scale, window_left, window_right, attention_chunk});
+  auto launch = [launcher](TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                           OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
+                           OptionalTensor seqused_k) {
+    launcher({q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k});
+  };
+  return Function::FromTyped(launch, "forward");
 }
 
 int64_t num_sms(int64_t device) {
@@ -80,7 +85,7 @@ Array<int64_t> geometry(String name, TensorView tensor) {
 }  // namespace fa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_load, fa::load_kernel);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, fa::run_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_launcher, fa::forward_launcher);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_sms, fa::num_sms);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(compute_capability, fa::compute_capability);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tensor_map_geometry, fa::geometry);

@@ -4,8 +4,6 @@
 
 #include "check.h"
 #include "device_guard.h"
-#include "kernel_registry.h"
-#include "kernels/params.h"
 #include "tensor_map.h"
 #include "tile_counters.h"
 
@@ -22,21 +20,28 @@ void fill_lse(ForwardParams& params, const TensorView& lse) {
   params.lse_head_stride = lse.stride(-2);
 }
 
-void fill_sizes(ForwardParams& params, const ForwardTensors& tensors, const CheckedTensors& checked,
-                const ForwardOptions& options) {
+void fill_index_tensors(ForwardParams& params, const ForwardTensors& tensors) {
+  params.cu_seqlens_q = index_pointer(tensors.cu_seqlens_q);
+  params.cu_seqlens_k = index_pointer(tensors.cu_seqlens_k);
+  params.seqused_q = index_pointer(tensors.seqused_q);
+  params.seqused_k = index_pointer(tensors.seqused_k);
+}
+
+// The sequence lengths of packed sides are options.
+void fill_sizes(ForwardParams& params, const CheckedTensors& checked) {
   params.batch = checked_int32("batch", checked.batch, 0);
   params.heads_q = checked_int32("heads of q", checked.q.heads, 0);
   params.heads_kv = checked_int32("heads of k", checked.k.heads, 0);
   params.row_bound_q = checked_int32("rows of q", checked.q.rows, 0);
   params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
-  params.seqlen_q =
-      tensors.cu_seqlens_q.has_value() ? checked_int32("max_seqlen_q", options.max_seqlen_q, 0) : params.row_bound_q;
-  params.seqlen_k =
-      tensors.cu_seqlens_k.has_value() ? checked_int32("max_seqlen_k", options.max_seqlen_k, 0) : params.row_bound_k;
+  if (params.cu_seqlens_q == nullptr) params.seqlen_q = params.row_bound_q;
+  if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
 }
 
 void fill_options(ForwardParams& params, const ForwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
+  params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
+  params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
   params.num_value_passes = checked_int32("num_value_passes", options.num_value_passes, 1);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
   params.score_scale = static_cast<float>(options.score_scale);
@@ -57,29 +62,31 @@ void encode_maps(ForwardParams& params, const CheckedTensors& checked, const Ker
 
 }  // namespace
 
-void forward(int64_t handle, const ForwardTensors& tensors, const ForwardOptions& options) {
-  CheckedTensors checked = check_forward_tensors(tensors);
-  ForwardParams params{};
-  fill_lse(params, tensors.lse);
-  params.cu_seqlens_q = index_pointer(tensors.cu_seqlens_q);
-  params.cu_seqlens_k = index_pointer(tensors.cu_seqlens_k);
-  params.seqused_q = index_pointer(tensors.seqused_q);
-  params.seqused_k = index_pointer(tensors.seqused_k);
-  fill_sizes(params, tensors, checked, options);
-  fill_options(params, options);
-  uint32_t num_ctas = static_cast<uint32_t>(checked_int32("num_ctas", options.num_ctas, 0));
-  if (checked.out.empty() || checked.batch == 0 || num_ctas == 0) return;
+ForwardLauncher::ForwardLauncher(int64_t handle, const ForwardOptions& options)
+    : num_ctas_(static_cast<uint32_t>(checked_int32("num_ctas", options.num_ctas, 0))) {
+  fill_options(params_, options);
+  if (num_ctas_ == 0) return;
+  kernel_ = &find_kernel(handle);
+  uint32_t cluster_size = kernel_->traits().cluster_size;
+  FA_CHECK(num_ctas_ % cluster_size == 0, ValueError)
+      << "num_ctas is " << num_ctas_ << "; required is a multiple of the cluster size, " << cluster_size;
+}
 
-  const Kernel& kernel = find_kernel(handle);
-  FA_CHECK(num_ctas % kernel.traits().cluster_size == 0, ValueError)
-      << "num_ctas is " << num_ctas << "; required is a multiple of the cluster size, " << kernel.traits().cluster_size;
+void ForwardLauncher::operator()(const ForwardTensors& tensors) const {
+  CheckedTensors checked = check_forward_tensors(tensors);
+  ForwardParams params = params_;
+  fill_lse(params, tensors.lse);
+  fill_index_tensors(params, tensors);
+  fill_sizes(params, checked);
+  if (kernel_ == nullptr || checked.out.empty() || checked.batch == 0) return;
+
   int ordinal = tensors.q.device().device_id;
-  encode_maps(params, checked, kernel.traits());
+  encode_maps(params, checked, kernel_->traits());
   DeviceGuard guard(ordinal);
-  kernel.prepare(ordinal);
+  kernel_->prepare(ordinal);
   CUstream stream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, ordinal));
   params.tile_counter = next_tile_counter(ordinal, stream);
-  kernel.launch(num_ctas, &params, stream);
+  kernel_->launch(num_ctas_, &params, stream);
 }
 
 }  // namespace fa

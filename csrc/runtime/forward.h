@@ -1,4 +1,4 @@
-// The forward pass: checks the tensors, fills the kernel's parameters, launches.
+// The forward pass: checks the arguments, fills the kernel's parameters, launches.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernel_registry.h"
+#include "kernels/params.h"
 #include "row_tensor.h"
 
 namespace fa {
@@ -25,7 +27,7 @@ struct ForwardTensors {
   OptionalTensor seqused_k;     // int32 (batch)
 };
 
-// What a call asks beside its tensors; the meaning is that of the same names in ForwardParams.
+// What a launch is told beside its tensors; the meaning is that of the same names in ForwardParams.
 struct ForwardOptions {
   int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
   int64_t max_seqlen_k;  // read with cu_seqlens_k
@@ -51,9 +53,21 @@ struct CheckedTensors {
 // Throws ValueError or TypeError, naming the argument, for tensors that do not fit together.
 CheckedTensors check_forward_tensors(const ForwardTensors& tensors);
 
-// Enqueues one forward pass on the current stream of the tensors' device. Nothing is written, and nothing is
-// launched, if it throws, if the output is empty or if num_ctas is 0. Waits for nothing and allocates
-// nothing, but for the tile counters (tile_counters.h).
-void forward(int64_t handle, const ForwardTensors& tensors, const ForwardOptions& options);
+// A forward pass but for its tensors: what all calls of one signature share is judged and converted once.
+class ForwardLauncher {
+ public:
+  // Throws ValueError for an unknown handle (it is not read where num_ctas is 0) or an option that does not fit.
+  ForwardLauncher(int64_t handle, const ForwardOptions& options);
+
+  // Enqueues one forward pass on the current stream of the tensors' device. Nothing is written, and nothing is
+  // launched, if it throws, if the output is empty or if num_ctas is 0. Waits for nothing and allocates nothing, but
+  // for the tile counters (tile_counters.h). May be called by several threads at once.
+  void operator()(const ForwardTensors& tensors) const;
+
+ private:
+  const Kernel* kernel_ = nullptr;  // null: nothing is launched
+  uint32_t num_ctas_;
+  ForwardParams params_{};  // the options; a call adds its tensors to a copy
+};
 
 }  // namespace fa

@@ -1,163 +1,41 @@
-"""The autograd functions of the public interface, with FlashAttention-3's argument order.
+"""The way that a call of the public functions takes: straight to the kernel, recorded by autograd, or as an operator.
 
-The forward pass is here; the backward pass is not there yet and says so when it is asked for.
+In eager mode nothing goes through the dispatcher, which would take most of the CPU time of a call, unless somebody
+watches operators (a compiler, a fake or another dispatch mode).
 """
 
 from __future__ import annotations
 
 import torch
 
-from .arguments import split_qkv
-from .ops import NO_BACKWARD, attend
+from . import dispatch
+from .ops import NO_BACKWARD, call_functional, gradient_is_wanted, operators_are_watched
+from .signature import ForwardOptions, OptionalTensors
 
 
-class _ForwardOnly(torch.autograd.Function):
-    """Subclasses write their forward pass as ``compute``: `apply` records it, calling ``compute`` does not."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: OptionalTensors, options: ForwardOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse); the arguments are those of `dispatch.forward`."""
+    if operators_are_watched(q):
+        # Brings an autograd formula of its own.
+        return call_functional(q, k, v, extras, options)[:2]
+    if gradient_is_wanted(q, k, v):
+        return RecordedForward.apply(q, k, v, extras, options)
+    return dispatch.forward(q, k, v, extras, options)
+
+
+class ForwardOnly(torch.autograd.Function):
+    """The backward pass is not there yet, and says so when it is asked for."""
 
     @staticmethod
     def backward(ctx, *gradients):
         raise NotImplementedError(NO_BACKWARD)
 
 
-class FlashAttnFunc(_ForwardOnly):
-    """`flash_attn_func` on tensors that require a gradient."""
+class RecordedForward(ForwardOnly):
+    """`dispatch.forward` on tensors that require a gradient."""
 
     @staticmethod
-    def compute(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_softmax=False,
-    ):
-        out, lse = attend(
-            q,
-            k,
-            v,
-            qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            pack_gqa=pack_gqa,
-            sm_margin=sm_margin,
-        )
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def forward(ctx, *args):
-        return FlashAttnFunc.compute(*args)
-
-
-class FlashAttnVarlenFunc(_ForwardOnly):
-    """`flash_attn_varlen_func` on tensors that require a gradient."""
-
-    @staticmethod
-    def compute(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        causal,
-        qv=None,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        num_splits=1,
-        pack_gqa=None,
-        deterministic=False,
-        sm_margin=0,
-        return_softmax=False,
-    ):
-        out, lse = attend(
-            q,
-            k,
-            v,
-            qv,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            pack_gqa=pack_gqa,
-            sm_margin=sm_margin,
-        )
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def forward(ctx, *args):
-        return FlashAttnVarlenFunc.compute(*args)
-
-
-class FlashAttnQKVPackedFunc(_ForwardOnly):
-    """`flash_attn_qkvpacked_func` on a tensor that requires a gradient."""
-
-    @staticmethod
-    def compute(
-        qkv,
-        softmax_scale,
-        causal,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        window_size=(-1, -1),
-        attention_chunk=0,
-        softcap=0.0,
-        deterministic=False,
-        num_heads_q=None,
-        sm_margin=0,
-        return_softmax=False,
-    ):
-        out, lse = attend(
-            *split_qkv(qkv, num_heads_q),
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            sm_margin=sm_margin,
-        )
-        return (out, lse) if return_softmax else out
-
-    @staticmethod
-    def forward(ctx, *args):
-        return FlashAttnQKVPackedFunc.compute(*args)
+    def forward(ctx, q, k, v, extras, options):
+        return dispatch.forward(q, k, v, extras, options)

@@ -1,9 +1,11 @@
 """`from flash_attn_3.flash_attn_interface import flash_attn_func`: everything that users import, in one place."""
 
-from .autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc
 from .dispatch import maybe_contiguous
 from .interface import (
     USE_TRITON_ROCM,
+    FlashAttnFunc,
+    FlashAttnQKVPackedFunc,
+    FlashAttnVarlenFunc,
     flash_attn_3_gpu,
     flash_attn_combine,
     flash_attn_func,

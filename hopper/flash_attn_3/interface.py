@@ -6,13 +6,11 @@ multiple of hk; query head i reads key/value head i // (h / hk)), head dims d an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .autograd import FlashAttnFunc, FlashAttnQKVPackedFunc, FlashAttnVarlenFunc
+from .arguments import reject_unavailable, split_qkv
+from .autograd import ForwardOnly, attend
 from .flash_attn_config import CONFIG
-from .ops import gradient_is_wanted, operators_are_watched
 
 #: There is no AMD back end; the name is read by programs that ask which one is in use.
 USE_TRITON_ROCM = False
@@ -69,26 +67,23 @@ def flash_attn_func(
         NotImplementedError: a feature is not available yet, among them the backward pass.
         UnsupportedDeviceError: the GPU is not a Hopper.
     """
-    run = _runner(FlashAttnFunc, q, k, v)
-    return run(
-        q,
-        k,
-        v,
+    if qv is not None:
+        reject_unavailable(qv=qv)
+    extras = (None, None, None, None, q_descale, k_descale, v_descale)
+    options = (
+        None,
+        None,
         softmax_scale,
         causal,
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
         window_size,
         attention_chunk,
         softcap,
         num_splits,
         pack_gqa,
-        deterministic,
         sm_margin,
-        return_attn_probs,
     )
+    out, lse = attend(q, k, v, extras, options)
+    return (out, lse) if return_attn_probs else out
 
 
 def flash_attn_qkvpacked_func(
@@ -114,22 +109,10 @@ def flash_attn_qkvpacked_func(
 
     The other arguments, the returns and the errors are those of `flash_attn_func`.
     """
-    run = _runner(FlashAttnQKVPackedFunc, qkv)
-    return run(
-        qkv,
-        softmax_scale,
-        causal,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        deterministic,
-        num_heads_q,
-        sm_margin,
-        return_attn_probs,
-    )
+    extras = (None, None, None, None, q_descale, k_descale, v_descale)
+    options = (None, None, softmax_scale, causal, window_size, attention_chunk, softcap, 1, None, sm_margin)
+    out, lse = attend(*split_qkv(qkv, num_heads_q), extras, options)
+    return (out, lse) if return_attn_probs else out
 
 
 def flash_attn_varlen_func(
@@ -174,32 +157,13 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, h, dv); with return_attn_probs the pair (out, lse), lse float32 (h, total_q).
     """
-    run = _runner(FlashAttnVarlenFunc, q, k, v)
-    return run(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        causal,
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        deterministic,
-        sm_margin,
-        return_attn_probs,
-    )
+    if qv is not None:
+        reject_unavailable(qv=qv)
+    extras = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, q_descale, k_descale, v_descale)
+    lengths = (max_seqlen_q, max_seqlen_k)
+    options = (*lengths, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
+    out, lse = attend(q, k, v, extras, options)
+    return (out, lse) if return_attn_probs else out
 
 
 def flash_attn_with_kvcache(
@@ -285,11 +249,33 @@ def round_up_headdim(head_size: int) -> int:
     return next((w for w in widths if head_size <= w and not flags[f"FLASHATTENTION_DISABLE_HDIM{w}"]), 256)
 
 
-def _runner(function: type, *tensors: torch.Tensor) -> Any:
-    """``function.apply`` where eager autograd must record it, else its forward pass without autograd's cost.
+# -- autograd functions: the same calls, with the argument order of FlashAttention-3's classes -----------------------
 
-    Operators bring an autograd formula of their own.
-    """
-    if gradient_is_wanted(*tensors) and not operators_are_watched(tensors[0]):
-        return function.apply
-    return function.compute
+
+class FlashAttnFunc(ForwardOnly):
+    """`flash_attn_func`."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return flash_attn_func(*args)
+
+
+class FlashAttnVarlenFunc(ForwardOnly):
+    """`flash_attn_varlen_func`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
+        cu_seqlens, seqused, max_seqlen = (
+            (cu_seqlens_q, cu_seqlens_k),
+            (seqused_q, seqused_k),
+            (max_seqlen_q, max_seqlen_k),
+        )
+        return flash_attn_varlen_func(q, k, v, *cu_seqlens, *max_seqlen, *seqused, *options)
+
+
+class FlashAttnQKVPackedFunc(ForwardOnly):
+    """`flash_attn_qkvpacked_func`."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return flash_attn_qkvpacked_func(*args)

@@ -3,20 +3,19 @@
 ``_flash_attn_forward`` is functional: it has a kernel, a fake and an autograd formula. ``fwd`` takes an ``out``
 that it may write and return, which functionalisation refuses in an operator with a kernel of its own; so ``fwd``
 is composite, and what a graph records is the functional operator (and a copy into ``out``).
-
-In eager mode nothing goes through the dispatcher: `attend` calls `dispatch.forward` directly, which saves most of
-the CPU time of a call, unless somebody watches operators (a compiler, a fake or another dispatch mode).
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import dispatch, validation
-from .arguments import reject_unavailable, window_sides
-from .signature import forward_signature
+from .arguments import invalid, reject_unavailable, window_sides
+from .signature import ForwardOptions, OptionalTensors, forward_signature, plain_options
 
 NO_BACKWARD = (
     "the backward pass of flash_attn_3 is not available yet: call the function under torch.no_grad(), "
@@ -53,103 +52,17 @@ _LIBRARY.define("_missing_backward(Tensor dout, Tensor q, Tensor k, Tensor v) ->
 
 _FWD = torch.ops.flash_attn_3.fwd.default
 _FUNCTIONAL = torch.ops.flash_attn_3._flash_attn_forward.default
-_ARGUMENTS = tuple(argument.name for argument in _FUNCTIONAL._schema.arguments)
-#: Arguments of the operators whose features are not there yet, under their python names.
-_UNAVAILABLE = (
-    "k_new",
-    "v_new",
-    "qv",
-    "cu_seqlens_k_new",
-    "page_table",
-    "kv_batch_idx",
-    "leftpad_k",
-    "rotary_cos",
-    "rotary_sin",
-    "seqlens_rotary",
-    "scheduler_metadata",
-)
-#: Arguments that change nothing: a performance hint, and the style of a rotation that is not there yet.
-_WITHOUT_EFFECT = ("pack_gqa", "rotary_interleaved")
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qv: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Any = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) by the shortest way: `dispatch.forward`, or the functional operator where it must be seen.
-
-    The arguments are passed on one by one: collecting them in a dictionary takes a quarter of a call's CPU time.
-    """
-    if qv is not None:
-        reject_unavailable(qv=qv)
-    if not operators_are_watched(q):
-        return dispatch.forward(
-            q,
-            k,
-            v,
-            None,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqused_q,
-            seqused_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            q_descale,
-            k_descale,
-            v_descale,
-            softmax_scale,
-            causal,
-            window_size,
-            attention_chunk,
-            softcap,
-            num_splits,
-            sm_margin,
-        )
-    window_left, window_right = window_sides(window_size)
-    out, lse, _, _ = _FUNCTIONAL(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        softmax_scale=softmax_scale,
-        causal=bool(causal),
-        window_size_left=window_left,
-        window_size_right=window_right,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-    )
-    return out, lse
+def call_functional(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: OptionalTensors, options: ForwardOptions
+) -> tuple[torch.Tensor, ...]:
+    """``_flash_attn_forward`` of the arguments of `dispatch.forward`."""
+    by_name = dict(zip(ForwardOptions._fields, options, strict=True))
+    by_name["causal"] = bool(by_name["causal"])
+    by_name["window_size_left"], by_name["window_size_right"] = window_sides(by_name.pop("window_size"))
+    return _FUNCTIONAL(q, k, v, **dict(zip(OptionalTensors._fields, extras, strict=True)), **by_name)
 
 
 def operators_are_watched(q: torch.Tensor) -> bool:
@@ -159,72 +72,105 @@ def operators_are_watched(q: torch.Tensor) -> bool:
     return q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)
 
 
-def gradient_is_wanted(*tensors: torch.Tensor) -> bool:
-    """Whether autograd must record a call on ``tensors`` (what is no tensor is judged later)."""
-    return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+def gradient_is_wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether autograd must record a call (what is no tensor is judged later)."""
+    try:
+        return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    except AttributeError:
+        return False
 
 
 # -- kernels -----------------------------------------------------------------------------------------------
 
 
-def _bind(operator: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments with the schema's defaults, under the names of ``_flash_attn_forward``.
-
-    Both forward operators have the same arguments in the same order; only names and defaults differ. Arguments of
-    features that are not there yet raise if they are given, and are left out.
-    """
-    arguments = {}
-    for i, (name, argument) in enumerate(zip(_ARGUMENTS, operator._schema.arguments, strict=True)):
-        value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        if name in _UNAVAILABLE:
-            reject_unavailable(**{argument.name: value})
-        else:
-            arguments[name] = value
-    return arguments
+def _positions(*names: str) -> Callable[[tuple], tuple]:
+    """Picks the arguments of these names; both forward operators have the same in the same order."""
+    arguments = [argument.name for argument in _FUNCTIONAL._schema.arguments]
+    return operator.itemgetter(*map(arguments.index, names))
 
 
-def _dispatchable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as `dispatch.forward` takes them."""
-    arguments = {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
-    if arguments.pop("out_", None) is not None:
-        raise TypeError(
-            "out_: got a tensor; it must be None: the functional operator allocates its output, fwd takes one"
-        )
-    arguments["window_size"] = (arguments.pop("window_size_left"), arguments.pop("window_size_right"))
-    return arguments
+_OUT = _positions("out_")
+_EXTRAS = _positions(*OptionalTensors._fields)
+_OPTIONS = _positions(
+    *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size_left", "window_size_right"),
+    *ForwardOptions._fields[ForwardOptions._fields.index("window_size") + 1 :],
+)
+#: Features that are not there yet.
+_UNAVAILABLE = _positions(
+    *("k_new", "v_new", "qv", "cu_seqlens_k_new", "page_table", "kv_batch_idx", "leftpad_k"),
+    *("rotary_cos", "rotary_sin", "seqlens_rotary", "scheduler_metadata"),
+)
+
+
+class _Arguments:
+    """The names and defaults that one of the two operators gives its arguments."""
+
+    def __init__(self, overload: torch._ops.OpOverload):
+        arguments = overload._schema.arguments
+        self._names = tuple(argument.name for argument in arguments)
+        self._defaults = tuple(argument.default_value for argument in arguments)
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """The arguments of `dispatch.forward` in a call of the operator.
+
+        Features that are not there yet raise if they are asked for. Without effect, and left out: the style of a
+        rotation.
+        """
+        values = args + self._defaults[len(args) :]
+        if kwargs:
+            values = tuple(kwargs.get(name, value) for name, value in zip(self._names, values, strict=True))
+        if _UNAVAILABLE(values) != _UNAVAILABLE(self._defaults):
+            reject_unavailable(**dict(zip(_UNAVAILABLE(self._names), _UNAVAILABLE(values), strict=True)))
+        max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, *others = _OPTIONS(values)
+        options = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, (window_left, window_right), *others)
+        return *values[:3], _EXTRAS(values), options, _OUT(values)
+
+
+_FWD_ARGUMENTS = _Arguments(_FWD)
+_FUNCTIONAL_ARGUMENTS = _Arguments(_FUNCTIONAL)
 
 
 def _functional_forward(*args, **kwargs):
     """(out, lse, out_accum, lse_accum); the accumulators are empty unless the keys were split."""
-    out, lse = dispatch.forward(**_dispatchable(_bind(_FUNCTIONAL, args, kwargs)))
+    *arguments, out = _FUNCTIONAL_ARGUMENTS.bind(args, kwargs)
+    _check_no_out(out)
+    out, lse = dispatch.forward(*arguments)
     return out, lse, *_no_accumulators(out)
 
 
 def _flash_attn_forward_fake(*args, **kwargs):
-    arguments = _dispatchable(_bind(_FUNCTIONAL, args, kwargs))
-    call = forward_signature(**arguments)
+    q, k, v, extras, options, out = _FUNCTIONAL_ARGUMENTS.bind(args, kwargs)
+    _check_no_out(out)
+    call = forward_signature(q, k, v, extras, plain_options(options))
     validation.check_tensors(call)
-    out = arguments["q"].new_empty(call.out_shape)
+    out = q.new_empty(call.out_shape)
     return out, out.new_empty(call.lse_shape, dtype=torch.float32), *_no_accumulators(out)
 
 
+def _check_no_out(out: torch.Tensor | None) -> None:
+    if out is not None:
+        raise invalid(
+            TypeError, "out_", "a tensor", "None: the functional operator allocates its output, fwd takes one"
+        )
+
+
 def _no_accumulators(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return out.new_empty((0,), dtype=torch.float32), out.new_empty((0,), dtype=torch.float32)
+    # Sizes not in a tuple, as in `launch.prepare_forward`.
+    device = out.device
+    return torch.empty(0, dtype=torch.float32, device=device), torch.empty(0, dtype=torch.float32, device=device)
 
 
 def _fwd(*args, **kwargs):
     """``fwd``, composite: the functional operator and a copy into ``out``, or, unwatched, straight into ``out``."""
-    arguments = _bind(_FWD, args, kwargs)
-    out = arguments.pop("out_")
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    q, k, v, extras, options, out = _FWD_ARGUMENTS.bind(args, kwargs)
     validation.check_last_strides(q=q, k=k, v=v, out=out)
     if operators_are_watched(q) or gradient_is_wanted(q, k, v):
-        result, *others = _FUNCTIONAL(**arguments)
+        result, *others = call_functional(q, k, v, extras, options)
         if out is None:
             return result, *others
         validation.check_out(out, result)
         return out.copy_(result), *others
-    out, lse = dispatch.forward(out=out, **_dispatchable(arguments))
+    out, lse = dispatch.forward(q, k, v, extras, options, out)
     return out, lse, *_no_accumulators(out)
 
 

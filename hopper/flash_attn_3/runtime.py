@@ -37,7 +37,7 @@ class RuntimeLibrary:
     """The functions of the library, looked up once. Their C++ side is in csrc/runtime/exports.cc."""
 
     kernel_load: Callable[..., int]
-    forward: Callable[..., None]
+    forward_launcher: Callable[..., Callable[..., None]]
     num_sms: Callable[[int], int]
     compute_capability: Callable[[int], tuple[int, int]]
     tensor_map_geometry: Callable[..., list[int]]
@@ -93,17 +93,9 @@ def load_kernel(kernel: CompiledKernel) -> int:
     )
 
 
-def forward(
+def forward_launcher(
     handle: int,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
+    *,
     max_seqlen_q: int,
     max_seqlen_k: int,
     num_ctas: int,
@@ -114,22 +106,18 @@ def forward(
     window_left: int,
     window_right: int,
     attention_chunk: int,
-) -> None:
-    """Enqueue one forward pass on the current stream of the tensors' device; writes ``out`` and ``lse``.
+) -> Callable[..., None]:
+    """A forward pass but for its tensors.
 
-    Does not wait for the GPU; may be captured into a CUDA graph. The first launch on a device allocates two MiB
-    there for the counters that kernels take their tiles from. With ``num_ctas`` 0 or an empty ``out``, nothing
-    is launched.
+    Returns ``launch(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)``.
+
+    Each call of ``launch`` enqueues one pass on the current stream of the tensors' device and writes ``out`` and
+    ``lse``. It does not wait for the GPU, may be captured into a CUDA graph, and may be called by several threads at
+    once. The first launch on a device allocates two MiB there for the counters that kernels take their tiles from. With
+    ``num_ctas`` 0 or an empty ``out``, nothing is launched.
 
     Args:
         handle: from `load_kernel`.
-        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with ``cu_seqlens_q``; fp16 or bf16.
-        k: (batch, seqlen_k, heads_kv, head_dim), or (total_k, heads_kv, head_dim) with ``cu_seqlens_k``.
-        v: as ``k``, with head_dim_v columns.
-        out: as ``q``, with head_dim_v columns.
-        lse: fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with ``cu_seqlens_q``.
-        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1) or None.
-        seqused_q, seqused_k: int32 (batch) or None.
         max_seqlen_q, max_seqlen_k: longest sequence on each packed side; a dense side's is its tensor's.
         num_ctas, num_value_passes, heads_per_section: the launch, from `heuristics.ForwardPlan`.
         score_scale: 1.0, or softmax_scale / softcap.
@@ -137,23 +125,23 @@ def forward(
         window_left, window_right: keys visible to each side of the diagonal, -1 for unlimited.
         attention_chunk: chunk width in keys, 0 for none.
 
+    Args of ``launch``, all by position:
+        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with ``cu_seqlens_q``; fp16 or bf16.
+        k: (batch, seqlen_k, heads_kv, head_dim), or (total_k, heads_kv, head_dim) with ``cu_seqlens_k``.
+        v: as ``k``, with head_dim_v columns.
+        out: as ``q``, with head_dim_v columns.
+        lse: fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with ``cu_seqlens_q``.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1) or None.
+        seqused_q, seqused_k: int32 (batch) or None.
+
     Raises:
-        ValueError, TypeError: an argument that does not fit; nothing has been launched. All tensors lie on one
-            CUDA device; q, k, v, out: last stride 1, address and strides between heads, rows and sequences
-            multiples of 16 bytes.
-        RuntimeError: the driver reports an error, possibly of earlier work.
+        ValueError, TypeError: an argument that does not fit; ``launch`` raises before it has launched anything. All
+            tensors lie on one CUDA device; q, k, v, out: last stride 1, address and strides between heads, rows and
+            sequences multiples of 16 bytes.
+        RuntimeError, from ``launch``: the driver reports an error, possibly of earlier work.
     """
-    _library().forward(
+    return _library().forward_launcher(
         handle,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
         max_seqlen_q,
         max_seqlen_k,
         num_ctas,

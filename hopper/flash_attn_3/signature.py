@@ -6,7 +6,38 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import plain_float, plain_int, window_sides
+from .arguments import invalid, plain_float, plain_int, window_sides
+
+
+class OptionalTensors(NamedTuple):
+    """The tensors that a call may have beside q, k and v."""
+
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
+
+
+class ForwardOptions(NamedTuple):
+    """What a call may ask, as `flash_attn_func` and `flash_attn_varlen_func` have it."""
+
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_size: Any = (-1, -1)
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    num_splits: int = 1
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+
+
+NO_EXTRAS = OptionalTensors()
+NO_OPTIONS = ForwardOptions()
 
 
 class TensorSpec(NamedTuple):
@@ -18,10 +49,7 @@ class TensorSpec(NamedTuple):
 
 
 class ForwardSignature(NamedTuple):
-    """One forward call. Hashable: equal signatures are equally valid and launch the same.
-
-    A field that should be a tensor and is something else holds that thing's type, for the error's text.
-    """
+    """One forward call. Equal signatures are equally valid and launch the same."""
 
     q: TensorSpec  # (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q
     k: TensorSpec  # (b, sk, hk, d), or (total_k, hk, d) with cu_seqlens_k
@@ -38,17 +66,17 @@ class ForwardSignature(NamedTuple):
     max_seqlen_k: int | None
     softmax_scale: float | None
     causal: bool
-    window_left: int
-    window_right: int
+    window_size: tuple[int, int]
     attention_chunk: int
     softcap: float
     num_splits: int
+    pack_gqa: bool | None
     sm_margin: int
 
     @property
     def tensors(self) -> dict[str, TensorSpec | None]:
         """The leading fields, which stand for tensors, by name."""
-        return dict(zip(self._fields[:NUM_TENSORS], self, strict=False))
+        return dict(zip(TENSOR_NAMES, self, strict=False))
 
     @property
     def batch(self) -> int:
@@ -86,68 +114,54 @@ class ForwardSignature(NamedTuple):
         return (rows[0], heads, rows[1]) if self.cu_seqlens_q is None else (heads, rows[0])
 
 
-NUM_TENSORS = ForwardSignature._fields.index("v_descale") + 1
+#: The tensors of a call, in the order of its signature.
+TENSOR_NAMES = ("q", "k", "v", "out", *OptionalTensors._fields)
 
 
 def forward_signature(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    extras: OptionalTensors = NO_EXTRAS,
+    options: ForwardOptions = NO_OPTIONS,
     out: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    q_descale: torch.Tensor | None = None,
-    k_descale: torch.Tensor | None = None,
-    v_descale: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Any = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
-    sm_margin: int = 0,
 ) -> ForwardSignature:
-    """The signature of a call. On the path of every call: tests of type spare what is plain already."""
-    if window_size.__class__ is not tuple or window_size != (-1, -1):
-        window_size = window_sides(window_size)
-    if softmax_scale is not None and softmax_scale.__class__ is not float:
-        softmax_scale = plain_float("softmax_scale", softmax_scale)
-    if max_seqlen_q is not None and max_seqlen_q.__class__ is not int:
-        max_seqlen_q = plain_int("max_seqlen_q", max_seqlen_q)
-    if max_seqlen_k is not None and max_seqlen_k.__class__ is not int:
-        max_seqlen_k = plain_int("max_seqlen_k", max_seqlen_k)
-    return ForwardSignature(
-        _spec(q),
-        _spec(k),
-        _spec(v),
-        _spec(out),
-        _spec(cu_seqlens_q),
-        _spec(cu_seqlens_k),
-        _spec(seqused_q),
-        _spec(seqused_k),
-        _spec(q_descale),
-        _spec(k_descale),
-        _spec(v_descale),
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
+    """The signature of a call with plain options.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+    """
+    specs = []
+    for name, tensor in zip(TENSOR_NAMES, (q, k, v, out, *extras), strict=True):
+        if isinstance(tensor, torch.Tensor):
+            specs.append(TensorSpec(tensor.shape, tensor.dtype, tensor.device))
+        elif tensor is None and name not in ("q", "k", "v"):
+            specs.append(None)
+        else:
+            raise invalid(TypeError, name, None if tensor is None else f"a {type(tensor).__name__}", "a torch.Tensor")
+    return ForwardSignature(*specs, *options)
+
+
+def plain_options(options: ForwardOptions) -> ForwardOptions:
+    """The same options, those that come in several guises in their plain one.
+
+    On the path of every call: tests of type spare what is plain already.
+    """
+    max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, *others = options
+    if (
+        window_size.__class__ is tuple
+        and (window_size == (-1, -1) or tuple(map(type, window_size)) == (int, int))
+        and causal.__class__ is bool
+        and (softmax_scale is None or softmax_scale.__class__ is float)
+        and (max_seqlen_q is None or max_seqlen_q.__class__ is int)
+        and (max_seqlen_k is None or max_seqlen_k.__class__ is int)
+    ):
+        return options
+    return ForwardOptions(
+        None if max_seqlen_q is None else plain_int("max_seqlen_q", max_seqlen_q),
+        None if max_seqlen_k is None else plain_int("max_seqlen_k", max_seqlen_k),
+        None if softmax_scale is None else plain_float("softmax_scale", softmax_scale),
         bool(causal),
-        *window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        sm_margin,
+        window_sides(window_size),
+        *others,
     )
-
-
-def _spec(tensor: torch.Tensor | None) -> TensorSpec | type | None:
-    if tensor is None:
-        return None
-    try:
-        return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
-    except AttributeError:
-        return type(tensor)

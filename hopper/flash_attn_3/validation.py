@@ -42,11 +42,7 @@ def check_forward(call: ForwardSignature) -> None:
 
 
 def check_tensors(call: ForwardSignature) -> None:
-    """The rules that compare no sizes, so that they hold for symbolic ones too: types, dtypes, ranks."""
-    for name, spec in call.tensors.items():
-        if not isinstance(spec, TensorSpec) and (spec is not None or name in ("q", "k", "v")):
-            given = spec if spec is None else f"a {spec.__name__}"
-            raise invalid(TypeError, name, given, "a torch.Tensor")
+    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes and ranks."""
     _check_dtypes(call)
     _check_ranks(call)
 
@@ -178,9 +174,11 @@ def check_out(out: torch.Tensor | TensorSpec, expected: torch.Tensor | TensorSpe
 
 
 def _check_options(call: ForwardSignature) -> None:
-    _check_int("window_size[0]", call.window_left)
-    _check_int("window_size[1]", call.window_right)
+    _check_int("window_size[0]", call.window_size[0])
+    _check_int("window_size[1]", call.window_size[1])
     _check_int("attention_chunk", call.attention_chunk, 0, INT32_MAX)
+    if call.pack_gqa not in (None, True, False):
+        raise invalid(TypeError, "pack_gqa", repr(call.pack_gqa), "True, False or None")
     _check_int("sm_margin", call.sm_margin, 0)
     _check_int("num_splits", call.num_splits, None, MAX_NUM_SPLITS)
     if call.num_splits > 1:
@@ -224,7 +222,7 @@ def check_sm_margin(sm_margin: int, num_sms: int) -> None:
 def check_last_strides(**tensors: torch.Tensor | None) -> None:
     """Rows must be contiguous: TMA reads 16 bytes along the last dimension."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dim() > 0 and tensor.stride(-1) != 1:
+        if tensor is not None and tensor.stride()[-1:] not in ((1,), ()):
             given = f"stride {tensor.stride(-1)} in the last dimension"
             raise invalid(ValueError, name, given, "contiguous in the last dimension (stride 1)")
 

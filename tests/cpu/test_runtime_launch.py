@@ -9,13 +9,14 @@ import pytest
 import tvm_ffi
 
 import fake_cuda
-from fake_cuda import BF16, INT32
+from fake_cuda import BF16, FP32, INT32
 from forward_calls import (
     INDEX_ADDRESS,
     K_ADDRESS,
     LSE_ADDRESS,
     OUT_ADDRESS,
     Q_ADDRESS,
+    TENSORS,
     V_ADDRESS,
     dense_call,
     forward,
@@ -172,6 +173,19 @@ def test_no_keys(machine, keys):
     assert len(set(maps.values())) == (1 if keys == 0 else 3)
 
 
+@pytest.mark.parametrize(
+    ("call", "changes"),
+    [
+        (dense_call, {"num_ctas": 0}),
+        (dense_call, {"q": ((2, 0, 6, 64),), "out": ((2, 0, 6, 128),), "lse": ((2, 6, 0), FP32)}),
+        (packed_call, {"cu_seqlens_q": ((1,), INT32), "cu_seqlens_k": ((1,), INT32)}),
+    ],
+    ids=["no CTA", "no query", "no sequence"],
+)
+def test_nothing_to_do_asks_nothing_of_the_driver(machine, call, changes):
+    assert machine(run, call, tuple(changes.items())) == []
+
+
 @pytest.mark.parametrize(("cluster_size", "programmatic_launch"), [(1, True), (2, False), (4, True)])
 def test_launch_attributes(machine, cluster_size, programmatic_launch):
     scenario = functools.partial(run, cluster_size=cluster_size, programmatic_launch=programmatic_launch)
@@ -222,6 +236,24 @@ def streams(driver, path):
         forward(dense_call(0, handle=handle), path)
         forward(dense_call(1, handle=handle), path)
     return [launch["stream"] for launch in launches(driver.take_log())]
+
+
+def test_one_launcher_serves_other_tensors_and_devices(machine):
+    """What a launcher keeps is not what the first call left in it."""
+    first, second = machine(launch_twice_with_one_launcher)
+    assert (first["device"], second["device"]) == (0, 1)
+    assert (first["params"]["seqlen_q"], second["params"]["seqlen_q"]) == (6, 5)
+    assert (first["params"]["cu_seqlens_q"], second["params"]["cu_seqlens_q"]) == (INDEX_ADDRESS, 0)
+    assert first["params"]["window_left"] == second["params"]["window_left"] == 3
+
+
+def launch_twice_with_one_launcher(driver, path):
+    calls = packed_call(0, handle=load(path)), dense_call(1)
+    options = [value for name, value in calls[0].items() if name not in TENSORS]
+    launcher = library(path).forward_launcher(*options)
+    for call in calls:
+        launcher(*(call[name] for name in TENSORS))
+    return launches(driver.take_log())
 
 
 def test_a_kernel_is_prepared_once_for_each_device(machine):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cpu_calls import random_qkv
-from flash_attn_3 import validation
 from flash_attn_3.problem import MAX_SEQLEN
 from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 
@@ -158,6 +157,8 @@ OPTION_RULES = {
     "chunk_float": dense_rule(TypeError, ["attention_chunk: ", "2.5", "int"], attention_chunk=2.5),
     "num_splits": dense_rule(ValueError, ["num_splits: ", "257", "<= 256"], num_splits=257),
     "num_splits_float": dense_rule(TypeError, ["num_splits: ", "0.5", "int"], num_splits=0.5),
+    "pack_gqa_text": dense_rule(TypeError, ["pack_gqa: ", "'yes'", "True, False or None"], pack_gqa="yes"),
+    "pack_gqa_unhashable": dense_rule(TypeError, ["pack_gqa: ", "[]", "True, False or None"], pack_gqa=[]),
     "sm_margin_negative": dense_rule(ValueError, ["sm_margin: ", "-1", ">= 0"], sm_margin=-1),
     "sm_margin_all": dense_rule(ValueError, ["sm_margin: ", "132", "132 multiprocessors"], sm_margin=132),
     "sm_margin_float": dense_rule(TypeError, ["sm_margin: ", "1.5", "int"], sm_margin=1.5),
@@ -289,13 +290,3 @@ def test_allowed_head_dims(head_dim, head_dim_v):
 def test_max_seqlen_is_read_only_with_cu_seqlens():
     q, k, v = dense().values()
     assert flash_attn_varlen_func(q, k, v, None, None, None, -5).shape == q.shape
-
-
-def test_a_signature_is_judged_once(monkeypatch):
-    """Equal calls must not pay for the rules again."""
-    verdicts = []
-    monkeypatch.setattr(validation, "check_forward", lambda call: verdicts.append(call))
-    arguments = head_dims(40, 488)
-    for _ in range(3):
-        flash_attn_func(**arguments, softmax_scale=0.123)
-    assert len(verdicts) == 1
