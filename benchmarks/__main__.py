@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from . import overhead
 
             result = overhead.measure(peers.select(options.peers))
+            failed = overhead.failures(result)
         else:
             from . import compilation
 

@@ -14,6 +14,8 @@ from .shapes import ForwardShape
 from .timing import cpu_us_per_call
 
 SHAPE = ForwardShape(head_dim=128, causal=True, batch=1, seqlen=64, heads_q=2, heads_kv=2)
+#: Row -> the most host time that a call may take, in microseconds.
+LARGEST_US = {"flash_attn_func": 15.0, "flash_attn_varlen_func": 20.0}
 
 
 def measure(peer_names: Sequence[str]) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def measure(peer_names: Sequence[str]) -> dict[str, Any]:
                 call()
             values = cpu_us_per_call(call)
         except Exception as error:
-            if name.startswith("flash_attn"):
+            if name.startswith(("flash_attn", "part")):
                 raise
             row = {"name": name, "unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         else:
@@ -58,6 +60,7 @@ def _calls(peer_names: Sequence[str]) -> dict[str, Callable[[], Callable[[], obj
         ),
         "flash_attn_varlen_func": lambda: varlen,
         "torch.ops.flash_attn_3.fwd": lambda: lambda: torch.ops.flash_attn_3.fwd(q, k, v, is_causal=True, num_splits=1),
+        **_parts(q, k, v),
     }
     # PyTorch without `sdpa_kernel`: the choice of a backend by context manager would be measured with it.
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
@@ -67,3 +70,36 @@ def _calls(peer_names: Sequence[str]) -> dict[str, Callable[[], Callable[[], obj
         if name in peer_names:
             calls[peers.LABELS[name]] = lambda name=name: peers.BUILDERS[name](q, k, v, SHAPE)
     return calls
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What a call of flash_attn_func is made of, in the order of a call."""
+    from flash_attn_3 import dispatch, launch, runtime
+    from flash_attn_3.signature import NO_EXTRAS, ForwardOptions, forward_signature
+
+    options = ForwardOptions(causal=SHAPE.causal)
+    prepared = launch.prepare_forward(forward_signature(q, k, v, NO_EXTRAS, options))
+    tensors = (q, k, v, prepared.new_out(), prepared.new_lse(), None, None, None, None)
+    sizes = {"max_seqlen_q": SHAPE.seqlen, "max_seqlen_k": SHAPE.seqlen, "num_value_passes": 1, "heads_per_section": 1}
+    mask = {"window_left": -1, "window_right": 0, "attention_chunk": 0}
+    # Without a CTA the tensors are converted and checked, and the driver is not asked for anything.
+    checks = runtime.forward_launcher(0, num_ctas=0, score_scale=1.0, exp2_scale=1.0, **sizes, **mask)
+
+    def allocations() -> object:
+        return prepared.new_out(), prepared.new_lse()
+
+    return {
+        "part: below autograd": lambda: lambda: dispatch.forward(q, k, v, NO_EXTRAS, options),
+        "part: the runtime's launch": lambda: lambda: prepared.run(*tensors),
+        "part: the launch but for the driver": lambda: lambda: checks(*tensors),
+        "part: allocation of out and lse": lambda: allocations,
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """Which calls take more host time than they may."""
+    return [
+        f"{row['name']}: {row['us']:.2f} us, at most {LARGEST_US[row['name']]:.0f} is wanted"
+        for row in result["rows"]
+        if row["name"] in LARGEST_US and row["us"] > LARGEST_US[row["name"]]
+    ]

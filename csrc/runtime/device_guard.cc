@@ -20,6 +20,7 @@ CUcontext primary_context(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex);
   context = slot.load(std::memory_order_relaxed);
   if (context == nullptr) {
+    RelaxedCaptureGuard relaxed;
     CUdevice device = device_handle(ordinal);
     check_driver(driver().cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
     slot.store(context, std::memory_order_release);
