@@ -265,12 +265,8 @@ class FlashAttnVarlenFunc(ForwardOnly):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
-        cu_seqlens, seqused, max_seqlen = (
-            (cu_seqlens_q, cu_seqlens_k),
-            (seqused_q, seqused_k),
-            (max_seqlen_q, max_seqlen_k),
-        )
-        return flash_attn_varlen_func(q, k, v, *cu_seqlens, *max_seqlen, *seqused, *options)
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+        return flash_attn_varlen_func(q, k, v, *lengths, *options)
 
 
 class FlashAttnQKVPackedFunc(ForwardOnly):
