@@ -27,7 +27,7 @@ export FLASH_ATTN_3_KERNELS
 FIND_COMPILER := from flash_attn_3.toolchain import find_compiler; find_compiler()
 EXTRAS = $(shell PYTHONPATH=hopper $(VENV)/bin/python -c '$(FIND_COMPILER)' 2>/dev/null || echo '[compiler]')
 
-PACKAGE_SOURCES := pyproject.toml setup.py $(shell find hopper -name '*.py') \
+PACKAGE_SOURCES := pyproject.toml setup.py $(shell find hopper -name '*.py' -o -name '*.json') \
                    $(shell find csrc/kernels csrc/runtime -type f)
 FORMATTED_CXX := $(shell find csrc/kernels csrc/runtime tests -name '*.h' -o -name '*.cuh' -o -name '*.cc')
 

@@ -35,6 +35,7 @@ def build() -> None:
     setuptools.setup(
         package_dir={"": "hopper"},
         packages=setuptools.find_packages("hopper", include=["flash_attn_3", "flash_attn_3.*"]),
+        package_data={"flash_attn_3": ["forward_tiles.json"]},
         py_modules=["flash_attn_config", "flash_attn_interface"],
         cmdclass=COMMANDS,
         distclass=BinaryDistribution,

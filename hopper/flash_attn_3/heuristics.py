@@ -5,64 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .config import (
-    ForwardConfig,
-    Mask,
-    OutputBuffer,
-    Rescale,
-    Schedule,
-    Score,
-    SeqLayout,
-)
+from .config import ForwardConfig, SeqLayout
 from .problem import ForwardProblem
+from .tile_table import HEAD_DIM_PAIRS, TileChoice, TileKey, forward_tiles
 
 #: Tile widths kernels exist for; a head dim runs in the smallest that holds it.
-HEAD_DIM_TILES = (64, 96, 128, 192, 256)
+HEAD_DIM_TILES = tuple(dict.fromkeys(head_dim for head_dim, _ in HEAD_DIM_PAIRS))
 #: Widest value tile; wider values (up to 512) run as several column passes.
 MAX_VALUE_TILE = 256
 #: Tiles of one launch; the kernels number them in 32 bits and count a few beyond the last.
 MAX_TILES = 2**31 - 2**16
-#: Keys and values of the heads worked on together should stay in the L2 cache. It has 50 MB, in two halves that each
-#: hold what their own multiprocessors read; smaller sections let more CTAs read the same keys at the same time.
-L2_KV_BYTES = 8 * 1024 * 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardTile:
-    """The tunable part of a `ForwardConfig`."""
-
-    block_m: int
-    block_n: int
-    num_stages: int = 2
-    schedule: Schedule = Schedule.PING_PONG
-    rescale: Rescale = Rescale.EAGER
-    output_buffer: OutputBuffer = OutputBuffer.OWN
-
-
-_WIDE = ForwardTile(192, 128)
-_SQUARE = ForwardTile(128, 128)
-
-
-def _big(block_n: int, output_buffer: OutputBuffer = OutputBuffer.WITH_Q) -> ForwardTile:
-    """Tiles with a wide output: products outweigh the softmax, so no turns; correcting the output costs the most."""
-    return ForwardTile(
-        128, block_n, schedule=Schedule.INTRA_WARPGROUP, rescale=Rescale.LAZY, output_buffer=output_buffer
-    )
-
-
-#: (head_dim tile, head_dim_v tile) -> mask -> tile.
-_FORWARD_TILES: dict[tuple[int, int], dict[Mask, ForwardTile]] = {
-    (64, 64): {Mask.FULL: _WIDE, Mask.CAUSAL: _WIDE, Mask.LOCAL: _SQUARE},
-    (64, 128): dict.fromkeys(Mask, _SQUARE),
-    (64, 256): dict.fromkeys(Mask, _big(80, OutputBuffer.OWN)),
-    (96, 96): dict.fromkeys(Mask, _SQUARE),
-    (128, 128): dict.fromkeys(Mask, _SQUARE),
-    (192, 128): dict.fromkeys(Mask, _big(128)),
-    (192, 192): {Mask.FULL: _big(112), Mask.CAUSAL: _big(96), Mask.LOCAL: _big(96)},
-    (256, 256): {Mask.FULL: _big(80), Mask.CAUSAL: _big(80), Mask.LOCAL: _big(64)},
-}
-#: Softcap needs registers that these tiles' plain kernels do not leave.
-_SOFTCAP_TILES: dict[tuple[int, int], ForwardTile] = {(64, 64): _SQUARE, (256, 256): _big(64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +40,7 @@ def head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     tile = next((t for t in HEAD_DIM_TILES if head_dim <= t), None)
     if tile is None:
         raise ValueError(f"head_dim={head_dim} is not supported; it must be at most {HEAD_DIM_TILES[-1]}")
-    candidates = sorted(v for d, v in _FORWARD_TILES if d == tile)
+    candidates = sorted(v for d, v in HEAD_DIM_PAIRS if d == tile)
     narrow = next((v for v in candidates if head_dim_v <= v), None)
     if narrow is not None:
         return tile, narrow
@@ -99,21 +51,28 @@ def head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     )
 
 
+def tile_key(problem: ForwardProblem) -> TileKey:
+    """Where a problem stands in the table. Raises ValueError where no kernel has its head dims."""
+    return TileKey(*head_dim_tiles(problem.head_dim, problem.head_dim_v), problem.mask.mask, problem.score)
+
+
 def forward_config(problem: ForwardProblem) -> ForwardConfig:
     """The kernel for a problem."""
-    head_dim, head_dim_v = head_dim_tiles(problem.head_dim, problem.head_dim_v)
-    tile = _FORWARD_TILES[head_dim, head_dim_v][problem.mask.mask]
-    if problem.score is Score.SOFTCAP:
-        tile = _SOFTCAP_TILES.get((head_dim, head_dim_v), tile)
-    config = ForwardConfig(
-        dtype=problem.dtype,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        mask=problem.mask.mask,
-        seq_layout=problem.seq_layout,
-        score=problem.score,
-        **{field.name: getattr(tile, field.name) for field in dataclasses.fields(tile)},
-    )
+    return _config(problem, _choice(problem))
+
+
+def forward_configs(problem: ForwardProblem) -> list[ForwardConfig]:
+    """The kernels for problems that differ from this one in the length of the query sequences alone."""
+    lengths = forward_tiles().lengths(tile_key(problem))
+    return list(dict.fromkeys(forward_config(dataclasses.replace(problem, max_seqlen_q=length)) for length in lengths))
+
+
+def _choice(problem: ForwardProblem) -> TileChoice:
+    return forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
+
+
+def _config(problem: ForwardProblem, choice: TileChoice) -> ForwardConfig:
+    config = tile_key(problem).config(choice.tile, problem.dtype, problem.seq_layout)
     config.validate()
     return config
 
@@ -121,7 +80,12 @@ def forward_config(problem: ForwardProblem) -> ForwardConfig:
 @functools.lru_cache(maxsize=4096)
 def plan_forward(problem: ForwardProblem) -> ForwardPlan:
     """Choose the kernel and the launch shape. The result depends on nothing but the problem."""
-    config = forward_config(problem)
+    return plan_choice(problem, _choice(problem))
+
+
+def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
+    """The launch shape for a given choice; the tuner compares the choices that the table could hold."""
+    config = _config(problem, choice)
     num_value_passes = max(1, -(-problem.head_dim_v // config.head_dim_v))
     num_m_blocks = -(-problem.max_seqlen_q // config.block_m)
     num_tiles = num_m_blocks * problem.batch * problem.heads_q * num_value_passes
@@ -134,14 +98,14 @@ def plan_forward(problem: ForwardProblem) -> ForwardPlan:
         config=config,
         num_ctas=min(problem.num_sms, num_tiles),
         num_value_passes=num_value_passes,
-        heads_per_section=_heads_per_section(problem, num_value_passes),
+        heads_per_section=_heads_per_section(problem, num_value_passes, choice.l2_kv_bytes),
     )
 
 
-def _heads_per_section(problem: ForwardProblem, num_value_passes: int) -> int:
+def _heads_per_section(problem: ForwardProblem, num_value_passes: int, l2_kv_bytes: int) -> int:
     """Query heads (times value passes) whose keys and values fit in the L2 budget together; whole kv groups."""
     kv_bytes = max(1, problem.max_seqlen_k) * (problem.head_dim + problem.head_dim_v) * problem.dtype.num_bytes
-    kv_heads = max(1, L2_KV_BYTES // kv_bytes)
+    kv_heads = max(1, l2_kv_bytes // kv_bytes)
     per_kv_head = problem.heads_q // problem.heads_kv * num_value_passes
     limit = problem.heads_q * num_value_passes
     if problem.seq_layout is SeqLayout.DENSE:

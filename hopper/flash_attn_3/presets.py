@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .config import Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
-from .heuristics import HEAD_DIM_TILES, forward_config, head_dim_tiles
+from .heuristics import HEAD_DIM_TILES, forward_configs, head_dim_tiles
 from .problem import ForwardProblem, MaskSpec
 
 #: Widest value head dim of the interface.
@@ -23,19 +23,19 @@ _HEAD_DIM_STEP = 8
 
 def core_configs() -> list[KernelConfig]:
     """The common set: head dims 64 and 128, both dtypes, full and causal, dense and variable length."""
+    axes = itertools.product((64, 128), (Dtype.BF16, Dtype.FP16), (Mask.FULL, Mask.CAUSAL), SeqLayout)
     return [
-        _forward_config(head_dim, head_dim, dtype, mask, layout, Score.SCALED)
-        for head_dim, dtype, mask, layout in itertools.product(
-            (64, 128), (Dtype.BF16, Dtype.FP16), (Mask.FULL, Mask.CAUSAL), SeqLayout
-        )
+        config
+        for head_dim, dtype, mask, layout in axes
+        for config in _forward_configs(head_dim, head_dim, dtype, mask, layout, Score.SCALED)
     ]
 
 
 @functools.lru_cache(maxsize=1)
 def _all_configs() -> tuple[KernelConfig, ...]:
     axes = itertools.product(_head_dim_pairs(), Dtype, Mask, SeqLayout, Score)
-    configs = (_forward_config(*dims, dtype, mask, layout, score) for dims, dtype, mask, layout, score in axes)
-    return tuple(dict.fromkeys(configs))
+    configs = (_forward_configs(*dims, dtype, mask, layout, score) for dims, dtype, mask, layout, score in axes)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(configs)))
 
 
 def all_configs() -> list[KernelConfig]:
@@ -94,10 +94,10 @@ def _head_dim_pairs() -> list[tuple[int, int]]:
     return list(pairs)
 
 
-def _forward_config(
+def _forward_configs(
     head_dim: int, head_dim_v: int, dtype: Dtype, mask: Mask, layout: SeqLayout, score: Score
-) -> ForwardConfig:
-    """What the planner answers to a long sequence; the kernel depends on no length, only on the arguments here."""
+) -> list[ForwardConfig]:
+    """What the planner answers to sequences of every length; the kernels depend on nothing else."""
     problem = ForwardProblem(
         dtype=dtype,
         batch=1,
@@ -112,4 +112,4 @@ def _forward_config(
         seq_layout=layout,
         num_sms=132,
     )
-    return forward_config(problem)
+    return forward_configs(problem)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_attn_3 import codegen, compiler, generate, presets
-from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
+from flash_attn_3 import codegen, compiler, generate, heuristics, presets, tile_table
+from flash_attn_3.config import Dtype, Mask, Schedule, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, normalize_mask
 
@@ -56,8 +56,21 @@ def test_core_is_the_common_set():
         for mask in (Mask.FULL, Mask.CAUSAL)
         for layout in SeqLayout
     }
-    assert len(CORE) == 16
+    assert len(CORE) == len(set(CORE))
     assert set(CORE) <= set(ALL)
+
+
+def test_a_preset_has_the_kernels_of_every_length(monkeypatch):
+    """One more class of lengths in the table is one more kernel of each kind in the sets."""
+    table = tile_table.forward_tiles()
+    key = tile_table.TileKey(128, 128, Mask.CAUSAL, Score.SCALED)
+    longest = table.choices[key][-1]
+    short = tile_table.TileChoice(1, tile_table.ForwardTile(64, 16, schedule=Schedule.INTRA_WARPGROUP), 1)
+    split = tile_table.TileTable((), {**table.choices, key: (short, longest)})
+    monkeypatch.setattr(heuristics, "forward_tiles", lambda: split)
+    configs = [c for c in presets.core_configs() if (c.head_dim, c.mask) == (128, Mask.CAUSAL)]
+    assert {(c.block_m, c.block_n) for c in configs} == {(64, 16), (longest.tile.block_m, longest.tile.block_n)}
+    assert len(configs) == 2 * len(Dtype) * len(SeqLayout)
 
 
 def test_all_covers_every_axis():

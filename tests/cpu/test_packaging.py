@@ -126,6 +126,12 @@ def test_installed_package_holds_runtime_and_current_headers():
 
 
 @installed
+def test_installed_package_holds_the_planners_table():
+    source = ROOT / "hopper" / "flash_attn_3" / "forward_tiles.json"
+    assert (PACKAGE / "forward_tiles.json").read_bytes() == source.read_bytes()
+
+
+@installed
 def test_wheel_is_for_this_platform_and_every_python():
     wheel = importlib.metadata.distribution("flash_attn_3").read_text("WHEEL").splitlines()
     assert [line for line in wheel if line.startswith("Tag:")] == ["Tag: py3-none-linux_x86_64"]
