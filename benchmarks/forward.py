@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from tests.reference import AttentionOptions, attention
 
+from flash_attn_3.timing import time_in_turns
+
 from . import machine, peers
 from .shapes import LEAST_CUDNN_RATIO, SETS, ForwardShape
-from .timing import matmul_tflops, time_in_turns
+from .timing import matmul_tflops
 
 #: (batch, query head) pairs whose output is compared with the reference, spread over the tensor.
 CHECKED_HEADS = 3

@@ -1,17 +1,12 @@
-"""Where and with what a result was measured."""
+"""Result files: where they lie, and what stands at their head."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
+from flash_attn_3 import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -21,69 +16,13 @@ def describe(suite: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The head of a result file; its measurements go under "rows"."""
     return {
         "suite": suite,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
-        "device": device(),
-        "versions": versions(),
+        "date": environment.date(),
+        "commit": environment.commit(ROOT),
+        "device": environment.device(),
+        "versions": environment.versions(),
         "settings": settings,
         "rows": [],
     }
-
-
-def commit() -> str:
-    """The checked-out commit, with "+" if the sources differ from it; "unknown" outside a clone."""
-    revision = _git("rev-parse", "--short=12", "HEAD")
-    if revision is None:
-        return "unknown"
-    return revision + ("+" if _git("status", "--porcelain", "--", "hopper", "csrc") else "")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        run = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
-
-
-def device() -> dict[str, Any]:
-    """The GPU if there is one, and the host."""
-    host = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-    if not torch.cuda.is_available():
-        return {"name": "CPU", **host}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gb": round(properties.total_memory / 1e9),
-        "driver": _driver_version(),
-        **host,
-    }
-
-
-def _driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what takes part in a measurement."""
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": cudnn,
-    }
-    for package in ("triton", "flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi", "nvidia-cutlass"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def save(result: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Whether a kernel computes attention: its result on some heads against float64, all of it against NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .shapes import TuneShape
+
+#: (sequence, head) pairs that are compared, spread over the batch.
+CHECKED_HEADS = 3
+#: Query rows whose scores the reference holds at once.
+ROWS = 2048
+#: A result is wrong if its relative error (Frobenius norm) exceeds this; rounding to bfloat16 leaves 2e-3 to 4e-3.
+LARGEST_RELATIVE_ERROR = 1e-2
+#: A log-sum-exp is wrong if it differs by more: a missed key block moves it further, fp32 and the hardware tanh do not.
+LARGEST_LSE_ERROR = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Exact results of the checked heads, float64: out (heads, seqlen, head_dim_v), lse (heads, seqlen)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def checked_heads(shape: TuneShape) -> list[tuple[int, int]]:
+    """The (sequence, head) pairs that are compared; the first and the last are among them."""
+    last = shape.batch * shape.heads - 1
+    return [divmod(last * i // (CHECKED_HEADS - 1), shape.heads) for i in range(CHECKED_HEADS)]
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: TuneShape) -> Reference:
+    """Plain attention in float64. q, k: (batch, seqlen, heads, head_dim); v: (batch, seqlen, heads, head_dim_v)."""
+    results = [
+        _attend(*(x[sequence, :, head].double() for x in (q, k, v)), shape) for sequence, head in checked_heads(shape)
+    ]
+    return Reference(*(torch.stack(part) for part in zip(*results, strict=True)))
+
+
+def _attend(
+    q: torch.Tensor,  # (seqlen, head_dim)
+    k: torch.Tensor,  # (seqlen, head_dim)
+    v: torch.Tensor,  # (seqlen, head_dim_v)
+    shape: TuneShape,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    outs, lses = [], []
+    keys = torch.arange(shape.seqlen, device=q.device)
+    for rows in keys.split(ROWS):
+        scores = q[rows] @ k.T * shape.key.head_dim**-0.5  # (rows, seqlen)
+        if shape.softcap > 0.0:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        distance = rows[:, None] - keys  # how far a key lies to the left of the query
+        left, right = shape.mask.window_left, shape.mask.window_right
+        hidden = (distance > left) & (left >= 0) | (-distance > right) & (right >= 0)
+        scores.masked_fill_(hidden, float("-inf"))
+        outs.append(torch.softmax(scores, -1) @ v)
+        lses.append(torch.logsumexp(scores, -1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def relative_error(out: torch.Tensor, exact: Reference, shape: TuneShape) -> float:
+    """Of the checked heads of ``out`` (batch, seqlen, heads, head_dim_v), in the Frobenius norm."""
+    actual = torch.stack([out[sequence, :, head].double() for sequence, head in checked_heads(shape)])
+    return float((actual - exact.out).norm() / exact.out.norm())
+
+
+def what_is_wrong(out: torch.Tensor, lse: torch.Tensor, exact: Reference, shape: TuneShape) -> str | None:
+    """What is wrong with a result, or None. ``out`` and ``lse`` (batch, heads, seqlen) were full of NaN before."""
+    for name, x in (("out", out), ("lse", lse)):
+        if not bool(x.isfinite().all()):
+            return f"{name} has rows that were not written, or are not finite"
+    error = relative_error(out, exact, shape)
+    if not error <= LARGEST_RELATIVE_ERROR:
+        return f"relative error {error:.1e}"
+    actual = torch.stack([lse[sequence, head].double() for sequence, head in checked_heads(shape)])
+    lse_error = float((actual - exact.lse).abs().max())
+    if not lse_error <= LARGEST_LSE_ERROR:
+        return f"log-sum-exp is off by {lse_error:.1e}"
+    return None

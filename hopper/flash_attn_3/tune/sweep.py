@@ -1,0 +1,211 @@
+"""The sweep over one key of the table: heats over all tiles, a final with the L2 budgets, a decision for each class."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..cache import CompiledKernel
+from ..config import ForwardConfig, Mask
+from ..heuristics import plan_choice
+from ..tile_table import ForwardTile, TileChoice, TileKey, TileTable
+from .build import Built
+from .choice import Decision, ShapeTimes, decide, finalists, without_class
+from .job import Job, Variant
+from .process import Measured
+from .shapes import LengthClass, TuneShape
+
+
+class Measurer(Protocol):
+    """What measures jobs: a `Worker`, or a stand-in for one."""
+
+    def measure(self, job: Job) -> Measured: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        lengths: sequence lengths of the shapes.
+        classes: which of them share a choice.
+        finalists: tiles of a class that are measured again, with every budget.
+        l2_budgets: bytes of keys and values, tried under a causal mask beside the present budget.
+        warm_up: launches of each variant before it is timed.
+        heat_turns: turns of each round of a heat.
+        rounds, turns: rounds of a final, and turns in each.
+        drop_behind: the share behind the fastest at which a variant is left out after the first round.
+        deadline: no shape is begun after this value of `time.monotonic()`.
+    """
+
+    lengths: tuple[int, ...]
+    classes: tuple[LengthClass, ...]
+    finalists: int
+    l2_budgets: tuple[int, ...]
+    warm_up: int
+    heat_turns: tuple[int, ...]
+    rounds: int
+    turns: int
+    drop_behind: float
+    deadline: float
+
+
+@dataclasses.dataclass
+class ShapeResult:
+    """A shape of a heat or a final. Variants with the same launch were measured once and have the same times."""
+
+    shape: TuneShape
+    stage: str
+    times: ShapeTimes
+    errors: dict[TileChoice, float]
+    failed: dict[TileChoice, str]
+    abandoned: str | None
+
+
+@dataclasses.dataclass
+class KeyResult:
+    """Everything about one key."""
+
+    key: TileKey
+    tiles: list[ForwardTile]
+    built: Built
+    shapes: list[ShapeResult] = dataclasses.field(default_factory=list)
+    decisions: list[tuple[LengthClass, Decision]] = dataclasses.field(default_factory=list)
+
+
+class KeySweep:
+    """The sweep over one key.
+
+    Args:
+        table: the planner's present table.
+        kernels: the folder of the compiled kernels; None: the user's cache.
+    """
+
+    def __init__(
+        self,
+        key: TileKey,
+        tiles: Sequence[ForwardTile],
+        built: Built,
+        table: TileTable,
+        measurer: Measurer,
+        effort: Effort,
+        kernels: Path | None,
+    ) -> None:
+        self.result = KeyResult(key, list(tiles), built)
+        self._table = table
+        self._measurer = measurer
+        self._effort = effort
+        self._kernels = None if kernels is None else str(kernels.absolute())
+
+    def run(self) -> KeyResult:
+        """Measure and decide; a class whose shapes could not all be measured keeps its present choice."""
+        finals: dict[LengthClass, list[ShapeResult] | None] = {}
+        for lengths in self._effort.classes:
+            shapes = [TuneShape.of(self.result.key, s) for s in self._effort.lengths if lengths.holds(s)]
+            if shapes:
+                finals[lengths] = self._heat_and_final(shapes)
+        # Only now is it known which kernels failed on any length.
+        self.result.decisions = [(lengths, self._decide(final)) for lengths, final in finals.items()]
+        return self.result
+
+    def _heat_and_final(self, shapes: Sequence[TuneShape]) -> list[ShapeResult] | None:
+        key, built = self.result.key, self.result.built
+        configs = {tile: key.config(tile) for tile in self.result.tiles}
+        usable = [tile for tile, c in configs.items() if c in built.kernels and c not in built.dropped]
+        heats = self._measure("heat", shapes, usable)
+        if heats is None:
+            return None
+        return self._measure("final", shapes, finalists([heat.times for heat in heats], self._effort.finalists))
+
+    def _decide(self, finals: Sequence[ShapeResult] | None) -> Decision:
+        if finals is None:
+            return Decision(None, None, math.nan, math.nan, "not all shapes of the class were measured")
+        wrong = self._failed_tiles()
+        return decide([final.times.without(wrong) for final in finals])
+
+    def _failed_tiles(self) -> set[ForwardTile]:
+        """Tiles that were wrong, hung or crashed on a shape so far."""
+        return {choice.tile for shape in self.result.shapes for choice in shape.failed}
+
+    def _measure(
+        self, stage: str, shapes: Sequence[TuneShape], tiles: Sequence[ForwardTile]
+    ) -> list[ShapeResult] | None:
+        """The shapes' results, or None when one was given up or the time is over."""
+        results = []
+        for shape in shapes:
+            if time.monotonic() > self._effort.deadline:
+                return None
+            present = without_class(self._table.choice(self.result.key, shape.seqlen))
+            wrong = self._failed_tiles()
+            sound = [tile for tile in tiles if tile not in wrong]
+            choices = [TileChoice(None, tile, budget) for tile in sound for budget in self._budgets(stage, present)]
+            results.append(self._measure_shape(stage, shape, present, list(dict.fromkeys([present, *choices]))))
+            self.result.shapes.append(results[-1])
+            print(_progress(results[-1]), file=sys.stderr, flush=True)
+            if results[-1].abandoned:
+                return None
+        return results
+
+    def _budgets(self, stage: str, present: TileChoice) -> tuple[int, ...]:
+        is_swept = stage == "final" and self.result.key.mask is Mask.CAUSAL
+        return tuple(dict.fromkeys([present.l2_kv_bytes, *(self._effort.l2_budgets if is_swept else ())]))
+
+    def _measure_shape(
+        self, stage: str, shape: TuneShape, present: TileChoice, choices: Sequence[TileChoice]
+    ) -> ShapeResult:
+        launches = self._launches(shape, present, choices)
+        final = stage == "final"
+        measured = self._measurer.measure(
+            Job(
+                shape=shape,
+                variants=tuple(launches),
+                kernels=self._kernels,
+                warm_up=self._effort.warm_up,
+                turns=(self._effort.turns,) * self._effort.rounds if final else self._effort.heat_turns,
+                drop_behind=self._effort.drop_behind,
+            )
+        )
+        times = {c: measured.rounds_ms[v] for v, same in launches.items() if v in measured.rounds_ms for c in same}
+        return ShapeResult(
+            shape,
+            stage,
+            ShapeTimes(present, {choice: times[choice] for choice in choices if choice in times}),
+            {choice: measured.errors[v] for v, same in launches.items() if v in measured.errors for choice in same},
+            {choice: measured.failed[v] for v, same in launches.items() if v in measured.failed for choice in same},
+            measured.abandoned,
+        )
+
+    def _launches(
+        self, shape: TuneShape, present: TileChoice, choices: Sequence[TileChoice]
+    ) -> dict[Variant, list[TileChoice]]:
+        """Launches that differ -> the choices that lead to them: budgets often allow the same number of heads."""
+        problem = shape.problem(num_sms=132)
+        groups: dict[tuple[ForwardConfig, int], list[TileChoice]] = {}
+        for choice in choices:
+            plan = plan_choice(problem, choice)
+            if plan.config in self.result.built.kernels:
+                groups.setdefault((plan.config, plan.heads_per_section), []).append(choice)
+        return {
+            _variant(same[0], self.result.built.kernels[config], present in same): same
+            for (config, _), same in groups.items()
+        }
+
+
+def _variant(choice: TileChoice, kernel: CompiledKernel, is_present: bool) -> Variant:
+    return Variant(choice, kernel.meta["source_key"], kernel.meta["build_key"], is_present)
+
+
+def _progress(result: ShapeResult) -> str:
+    if result.abandoned:
+        return f"{result.stage} {result.shape}: given up: {result.abandoned}"
+    times = {choice: rounds[-1] for choice, rounds in result.times.rounds_ms.items() if rounds}
+    best = f"{min(times.values()):.3f} ms" if times else "nothing"
+    present = times.get(result.times.present)
+    shown = "no result" if present is None else f"{present:.3f} ms"
+    counts = f"{len(times)} choices, {len(result.failed)} failed"
+    return f"{result.stage} {result.shape}: {counts}, best {best}, present {shown}"

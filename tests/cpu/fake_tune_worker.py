@@ -1,0 +1,64 @@
+"""Stands in for the tuner's measuring process: answers jobs by a script instead of a GPU.
+
+Usage: fake_tune_worker.py SCRIPT.json, with {"block_n": {"behaviour": ...}, ...}: what variants of that block_n do.
+Behaviours: {"ms": 1.0}, {"wrong": "text"}, {"wrong_from": seqlen}, and {"crash_in": stage}, {"hang_in": stage},
+{"raise_in": stage}, where the stage is "check" or "round".
+The script's other keys: "dies_at_start", "crashes_before_any", "log" (a file that gets one line for each start).
+"""
+
+import json
+import math
+import sys
+import time
+
+
+def emit(event, **fields):
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def perform(behaviour, stage):
+    if behaviour.get("hang_in") == stage:
+        time.sleep(60)
+    if behaviour.get("crash_in") == stage:
+        sys.exit(7)
+    if behaviour.get("raise_in") == stage:
+        emit("crashed", reason="AcceleratorError: illegal address")
+        sys.exit(1)
+
+
+def answer(job, script):
+    if script.get("crashes_before_any"):
+        sys.exit(3)
+    behaviours = [script.get(str(v["choice"]["tile"]["block_n"]), {"ms": 1.0}) for v in job["variants"]]
+    running = {}
+    for number, behaviour in enumerate(behaviours):
+        emit("launching", variant=number)
+        perform(behaviour, "check")
+        if "wrong" in behaviour or job["shape"]["seqlen"] >= behaviour.get("wrong_from", math.inf):
+            emit("failed", variant=number, reason=behaviour.get("wrong", "relative error"))
+        else:
+            emit("checked", variant=number, relative_error=0.003)
+            running[number] = behaviour
+    for _ in job["turns"]:
+        for number, behaviour in running.items():
+            emit("launching", variant=number)
+            perform(behaviour, "round")
+        emit("round", ms={str(number): behaviour.get("ms", 1.0) for number, behaviour in running.items()})
+    emit("done")
+
+
+def main():
+    with open(sys.argv[1]) as file:
+        script = json.load(file)
+    if "log" in script:
+        with open(script["log"], "a") as log:
+            log.write("started\n")
+    if script.get("dies_at_start"):
+        sys.exit(5)
+    emit("ready", device={"name": "fake GPU"}, versions={"torch": "none"})
+    for line in sys.stdin:
+        answer(json.loads(line), script)
+
+
+if __name__ == "__main__":
+    main()
