@@ -1,11 +1,14 @@
 """Run a suite and write its figures to a JSON file.
 
     python -m benchmarks --suite fwd                        39 shapes beside cuDNN, flash, flex and FlashAttention-4
-    python -m benchmarks --suite fwd --shapes bars          six shapes; fails below the speed that is demanded
+    python -m benchmarks --suite fwd --shapes bars          six shapes
+    python -m benchmarks --suite fwd --shapes b4 --peers fa4    a window, and batches of different lengths
+    python -m benchmarks --suite fwd --shapes b7 --peers fa4    131072 tokens
     python -m benchmarks --suite fwd --shapes d128,causal --peers cudnn
     python -m benchmarks --suite overhead                   host time per call
     python -m benchmarks --suite compile --preset core      build time and memory; needs no GPU
 
+The exit status is 1 where a result is wrong, or below the speed that bars.py demands.
 `python -m benchmarks.report FILE --markdown` shows a file, `--plot` draws it, `--readme` puts it into README.md.
 """
 
@@ -29,7 +32,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/SUITE.json")
     parser.add_argument("--commit", metavar="TEXT", help="names the measured sources where this is no git clone")
     timed = parser.add_argument_group("fwd and overhead")
-    timed.add_argument("--shapes", default="peers", help="a set (peers, bars, quick) and filters (d128, causal, s8192)")
+    timed.add_argument(
+        "--shapes", default="peers", help="a set (peers, bars, quick, b4, b7) and filters (d128, causal, s8192)"
+    )
     timed.add_argument("--peers", default="cudnn,flash,flex,fa4", help="default: %(default)s; may be empty")
     timed.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     timed.add_argument("--rounds", type=int, default=2, help="measurements of each version, in turns; default: 2")

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from tests.reference import AttentionOptions, attention
 
-from flash_attn_3.timing import time_in_turns
+from flash_attn_3.timing import Timing, time_in_turns
 
-from . import machine, peers
-from .shapes import LEAST_CUDNN_RATIO, SETS, ForwardShape
+from . import bars, machine, peers
+from .shapes import ForwardShape, counterpart
 from .timing import matmul_tflops
 
 #: (batch, query head) pairs whose output is compared with the reference, spread over the tensor.
 CHECKED_HEADS = 3
 #: A result whose relative error (Frobenius norm) exceeds this is wrong; rounding to bfloat16 leaves 2e-3 to 4e-3.
 LARGEST_RELATIVE_ERROR = 1e-2
+#: Names this package's call on a shape's counterpart, among the versions that take turns.
+_COUNTERPART = "counterpart"
 
 
 def measure(
@@ -34,16 +36,14 @@ def measure(
         result["rows"].append(row)
         print(f"[{number}/{len(shapes)}] {shape.name}: {_summary(row)}", file=sys.stderr, flush=True)
     result["matmul_tflops"].append(matmul_tflops())
+    result["bars"] = [dataclasses.asdict(verdict) for verdict in bars.judge(result["rows"])]
     return result
 
 
 def measure_shape(shape: ForwardShape, names: Sequence[str], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One row: what each version reached, and how this package compares."""
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(shape.batch, shape.seqlen, heads, shape.head_dim, device="cuda", dtype=dtype)
-        for heads in (shape.heads_q, shape.heads_kv, shape.heads_kv)
-    )
+    q, k, v = _inputs(shape, dtype)
     expected = _reference(q, k, v, shape)
     calls: dict[str, peers.Call] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -58,14 +58,35 @@ def measure_shape(shape: ForwardShape, names: Sequence[str], dtype: torch.dtype,
             results[name] = {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
         calls[name], results[name] = call, errors
-    for name, timing in time_in_turns(calls, rounds).items():
-        results[name] |= {
-            "rounds_ms": timing.rounds_ms,
-            "ms": timing.ms,
-            "spread": timing.spread,
-            "tflops": shape.flops / timing.ms / 1e9,
-        }
-    return {"shape": dataclasses.asdict(shape), "name": shape.name, "results": results, **_compare(shape, results)}
+    other = counterpart(shape)
+    if other is not None:
+        calls[_COUNTERPART] = peers.BUILDERS[peers.OURS](*_inputs(other, dtype), other)
+    timings = time_in_turns(calls, rounds)
+    beside = {} if other is None else {"counterpart": _beside(shape, other, timings)}
+    for name, entry in results.items():
+        if name in timings:
+            entry |= _timed(timings[name], shape)
+    row = {"shape": dataclasses.asdict(shape), "name": shape.name, "results": results}
+    return {**row, **_compare(shape, results), **beside}
+
+
+def _inputs(shape: ForwardShape, dtype: torch.dtype) -> list[torch.Tensor]:
+    heads = (shape.heads_q, shape.heads_kv, shape.heads_kv)
+    return [torch.randn(shape.tensor_shape(count), device="cuda", dtype=dtype) for count in heads]
+
+
+def _timed(timing: Timing, shape: ForwardShape) -> dict[str, Any]:
+    tflops = shape.flops / timing.ms / 1e9
+    return {"rounds_ms": timing.rounds_ms, "ms": timing.ms, "spread": timing.spread, "tflops": tflops}
+
+
+def _beside(shape: ForwardShape, other: ForwardShape, timings: dict[str, Timing]) -> dict[str, Any]:
+    """This package on the counterpart, and the time that a visible pair takes here in units of the time there."""
+    ours, beside = timings[peers.OURS], timings[_COUNTERPART]
+    pair_times = [
+        timing.ms / (which.visible_pairs * which.heads_q) for timing, which in ((ours, shape), (beside, other))
+    ]
+    return {"name": other.name, **_timed(beside, other), "relative_pair_time": pair_times[0] / pair_times[1]}
 
 
 def _checked_heads(shape: ForwardShape) -> list[tuple[int, int]]:
@@ -74,26 +95,30 @@ def _checked_heads(shape: ForwardShape) -> list[tuple[int, int]]:
     return [divmod(index, shape.heads_q) for index in flat]
 
 
+def _rows(x: torch.Tensor, shape: ForwardShape, sequence: int) -> torch.Tensor:
+    """One sequence of q, k, v or out: (seqlen, heads, head_dim)."""
+    if not shape.is_varlen:
+        return x[sequence]
+    begin = sum(shape.lengths[:sequence])
+    return x[begin : begin + shape.lengths[sequence]]
+
+
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> list[torch.Tensor]:
     """Attention in float64 for the checked heads, (seqlen, head_dim) each."""
-    options = AttentionOptions(causal=shape.causal)
+    options = AttentionOptions(causal=shape.causal, window_size=shape.window)
     group = shape.heads_q // shape.heads_kv
     expected = []
     for sequence, head in _checked_heads(shape):
-        kv_head = head // group
-        out, _ = attention(
-            q[sequence : sequence + 1, :, head : head + 1],
-            k[sequence : sequence + 1, :, kv_head : kv_head + 1],
-            v[sequence : sequence + 1, :, kv_head : kv_head + 1],
-            options,
-        )
+        heads = (head, head // group, head // group)
+        one_head = (_rows(x, shape, sequence)[None, :, h : h + 1] for x, h in zip((q, k, v), heads, strict=True))
+        out, _ = attention(*one_head, options)
         expected.append(out[0, :, 0])
     return expected
 
 
 def _errors(out: torch.Tensor, expected: Sequence[torch.Tensor], shape: ForwardShape) -> dict[str, Any]:
-    actual = torch.stack([out[sequence, :, head].double() for sequence, head in _checked_heads(shape)])
-    exact = torch.stack(list(expected))
+    actual = torch.cat([_rows(out, shape, sequence)[:, head].double() for sequence, head in _checked_heads(shape)])
+    exact = torch.cat(list(expected))
     relative = float((actual - exact).norm() / exact.norm())
     return {
         "max_error": float((actual - exact).abs().max()),
@@ -130,13 +155,5 @@ def _summary(row: dict[str, Any]) -> str:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What is wrong with a result: errors too large, or below the speed that the set "bars" demands."""
-    found = []
-    bars = {shape.name: LEAST_CUDNN_RATIO[shape.head_dim] for shape in SETS["bars"]}
-    for row in result["rows"]:
-        if row["results"][peers.OURS]["wrong"]:
-            found.append(f"{row['name']}: relative error {row['results'][peers.OURS]['relative_error']:.1e}")
-        least, ratio = bars.get(row["name"]), row["ratios"].get("cudnn")
-        if least is not None and ratio is not None and ratio < least:
-            found.append(f"{row['name']}: {ratio:.3f} x cuDNN, at least {least} is wanted")
-    return found
+    """What is wrong with a result: errors too large, or below the speed that is demanded."""
+    return [f"{bar['bar']}: {bar['text']}" for bar in result["bars"] if not bar["holds"]]

@@ -1,14 +1,20 @@
-"""Who is measured: this package and its peers, each as a call on the same (batch, seqlen, heads, head_dim) memory."""
+"""Who is measured: this package and its peers, each as a call on the same memory.
+
+That is (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) where the lengths differ. A peer that does not
+take a shape raises NotImplementedError.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .shapes import ForwardShape
+from .shapes import UNLIMITED, ForwardShape
 
 Call = Callable[[], torch.Tensor]
 Builder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ForwardShape], Call]
@@ -17,13 +23,25 @@ OURS = "ours"
 
 
 def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    return functools.partial(flash_attn_func, q, k, v, causal=shape.causal)
+    options = {"causal": shape.causal, "window_size": shape.window}
+    if shape.is_varlen:
+        return functools.partial(flash_attn_varlen_func, q, k, v, **_packed(shape, q.device), **options)
+    return functools.partial(flash_attn_func, q, k, v, **options)
+
+
+def _packed(shape: ForwardShape, device: torch.device) -> dict[str, Any]:
+    """The arguments that say where the sequences of a batch begin."""
+    offsets = torch.tensor([0, *itertools.accumulate(shape.lengths)], dtype=torch.int32, device=device)
+    longest = max(shape.lengths)
+    return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
 def _sdpa(backend: SDPBackend) -> Builder:
     def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
+        if not shape.is_plain:
+            raise NotImplementedError("SDPA has neither windows nor sequences of different lengths")
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         is_grouped = shape.heads_q != shape.heads_kv
 
@@ -42,6 +60,8 @@ def _sdpa(backend: SDPBackend) -> Builder:
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    if not shape.is_plain:
+        raise NotImplementedError("measured here without windows, on sequences of equal length")
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     block_mask = None
     if shape.causal:
@@ -66,9 +86,20 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 
-    return lambda: flash_attn_func(q, k, v, causal=shape.causal)[0]
+    options: dict[str, Any] = {"causal": shape.causal}
+    if shape.mask == "window":
+        options["window_size"] = tuple(None if side == UNLIMITED else side for side in shape.window)
+    function = flash_attn_func
+    if shape.is_varlen:
+        function, options = flash_attn_varlen_func, options | _packed(shape, q.device)
+
+    def call() -> torch.Tensor:
+        result = function(q, k, v, **options)
+        return result[0] if isinstance(result, tuple) else result  # some releases return the LSE, too
+
+    return call
 
 
 BUILDERS: dict[str, Builder] = {
@@ -159,5 +190,7 @@ _MEASURED: dict[tuple[int, str], dict[tuple[int, int, int], tuple[int, int]]] = 
 
 def fa3_over_cudnn(shape: ForwardShape) -> float | None:
     """How much faster FlashAttention-3 was than cuDNN on this shape, or None where that was not measured."""
+    if not shape.is_plain:
+        return None
     row = _MEASURED.get((shape.head_dim, shape.mask), {}).get((shape.seqlen, shape.heads_q, shape.heads_kv))
     return row[0] / row[1] if row else None

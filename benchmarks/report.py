@@ -86,12 +86,24 @@ def _forward_table(result: Result) -> str:
             "" if front is None else f"{front['ratio']:.2f} ({front['name']})",
             f"{row['results'][peers.OURS]['max_error']:.1e}",
         ])  # fmt: skip
+    if any("counterpart" in row for row in result["rows"]):
+        header += ["/ FlashAttention-4", "time for a pair / counterpart"]
+        for cells, row in zip(rows, result["rows"], strict=True):
+            beside = row.get("counterpart")
+            cells.append(f"{row['ratios']['fa4']:.2f}" if "fa4" in row["ratios"] else "")
+            cells.append("" if beside is None else f"{beside['relative_pair_time']:.2f} ({beside['name']})")
     note = (
         "Mean of the medians of all rounds, ± half their distance. FlashAttention-3 equivalent: cuDNN here times the "
         "ratio of the two in an earlier run. Front: the best of FlashAttention-3 equivalent, cuDNN and "
         "FlashAttention-4. Error: largest difference to float64."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    return "\n\n".join([_table(header, rows), note, *_bars(result)])
+
+
+def _bars(result: Result) -> list[str]:
+    """What is demanded of the suite's shapes, and whether it is reached; nothing where nothing was judged."""
+    lines = [f"- {bar['bar']}: {bar['text']}: {'yes' if bar['holds'] else '**no**'}" for bar in result.get("bars", [])]
+    return ["\n".join(lines)] if lines else []
 
 
 def _speed(entry: dict[str, Any]) -> str:
@@ -150,7 +162,7 @@ def update_readme(result: Result, name: str, readme: Path) -> None:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw TFLOP/s over the sequence length, one panel per head dim and mask; shapes with grouped heads stay out."""
+    """Draw TFLOP/s over the sequence length, one panel per head dim and mask; without grouped heads."""
     if result["suite"] != "fwd":
         raise ValueError(f"suite {result['suite']} has no plot; only fwd has")
     import matplotlib
@@ -159,6 +171,7 @@ def plot(result: Result, path: Path) -> None:
     from matplotlib import pyplot
 
     square = [row for row in result["rows"] if row["shape"]["heads_q"] == row["shape"]["heads_kv"]]
+    square = [row for row in square if "counterpart" not in row]
     head_dims = sorted({row["shape"]["head_dim"] for row in square})
     masks = sorted({row["shape"]["causal"] for row in square})
     size = (3.6 * len(head_dims), 3.0 * len(masks) + 0.8)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 import re
 from collections.abc import Iterable
 
 #: Tokens of a batch in the usual sets: short sequences come in larger batches.
 TOKENS = 16384
+#: A window side that does not limit anything.
+UNLIMITED = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardShape:
-    """q is (batch, seqlen, heads_q, head_dim); k and v have heads_kv heads."""
+    """q is (batch, seqlen, heads_q, head_dim); k and v have heads_kv heads.
+
+    Attributes:
+        window: keys to the left and to the right of the diagonal that a query sees.
+        lengths: the sequences' lengths where they differ; q is then (sum of them, heads_q, head_dim), batch their
+            number and seqlen the longest.
+    """
 
     head_dim: int
     causal: bool
@@ -20,20 +30,57 @@ class ForwardShape:
     seqlen: int
     heads_q: int
     heads_kv: int
+    window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    lengths: tuple[int, ...] = ()
 
     @property
     def mask(self) -> str:
+        if self.window != (UNLIMITED, UNLIMITED):
+            return "window"
         return "causal" if self.causal else "full"
 
     @property
+    def is_varlen(self) -> bool:
+        return bool(self.lengths)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every peer takes this shape: no window, equal lengths."""
+        return self.mask != "window" and not self.is_varlen
+
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in all sequences of one head."""
+        left, right = self.window
+        right = 0 if self.causal else right
+        return sum(_visible_pairs(n, left, right) for n in self.lengths or (self.seqlen,) * self.batch)
+
+    @property
     def flops(self) -> float:
-        """Floating-point operations of both matrix products; half of them under a causal mask."""
-        products = 4.0 * self.batch * self.heads_q * self.seqlen**2 * self.head_dim
-        return products / 2 if self.causal else products
+        """Floating-point operations of both matrix products; plain causal masks count half, as everywhere."""
+        if self.is_plain:
+            products = 4.0 * self.batch * self.heads_q * self.seqlen**2 * self.head_dim
+            return products / 2 if self.causal else products
+        return 4.0 * self.heads_q * self.visible_pairs * self.head_dim
 
     @property
     def name(self) -> str:
-        return f"d{self.head_dim} {self.mask} {self.batch}x{self.seqlen} {self.heads_q}/{self.heads_kv}"
+        heads = f"{self.heads_q}/{self.heads_kv}"
+        if self.is_varlen:
+            return f"d{self.head_dim} {self.mask} {self.batch} of {min(self.lengths)} to {self.seqlen} {heads}"
+        mask = f"window {self.window[0]},{self.window[1]}" if self.mask == "window" else self.mask
+        return f"d{self.head_dim} {mask} {self.batch}x{self.seqlen} {heads}"
+
+    def tensor_shape(self, heads: int) -> tuple[int, ...]:
+        """Of q, k or v with that many heads."""
+        rows = (sum(self.lengths),) if self.is_varlen else (self.batch, self.seqlen)
+        return (*rows, heads, self.head_dim)
+
+
+def _visible_pairs(seqlen: int, left: int, right: int) -> int:
+    """The diagonal, and the diagonals beside it; the one at distance d has seqlen - d pairs."""
+    sides = (seqlen - 1 if side == UNLIMITED else min(side, seqlen - 1) for side in (left, right))
+    return seqlen + sum(side * seqlen - side * (side + 1) // 2 for side in sides)
 
 
 def _square_shapes(seqlens: Iterable[int]) -> list[ForwardShape]:
@@ -54,14 +101,67 @@ def _grouped_shapes() -> list[ForwardShape]:
     ]
 
 
+# -- windows and batches of different lengths ------------------------------------------------------------
+
+#: Batches that are drawn, sequences in each, their tokens, and how much longer the longest is than the shortest.
+VARLEN_BATCHES, VARLEN_SEQUENCES, VARLEN_TOKENS, VARLEN_SPREAD = 8, 16, 32768, 16.0
+SLIDING_WINDOW = (1024, 0)
+
+
+def draw_lengths(draw: random.Random, sequences: int, tokens: int, spread: float) -> tuple[int, ...]:
+    """Log-uniform lengths: the longest is `spread` times the shortest, and all together have `tokens` tokens."""
+    exponents = [draw.random() for _ in range(sequences)]
+    low, high = min(exponents), max(exponents)
+    weights = [spread ** ((exponent - low) / (high - low)) for exponent in exponents]
+    ends = [round(tokens * sum(weights[: i + 1]) / sum(weights)) for i in range(sequences)]
+    return tuple(end - begin for begin, end in itertools.pairwise([0, *ends]))
+
+
+def _varlen_shapes() -> list[ForwardShape]:
+    draw = random.Random(0)
+    batches = [draw_lengths(draw, VARLEN_SEQUENCES, VARLEN_TOKENS, VARLEN_SPREAD) for _ in range(VARLEN_BATCHES)]
+    return [
+        ForwardShape(head_dim, causal, len(lengths), max(lengths), 2048 // head_dim, 2048 // head_dim, lengths=lengths)
+        for head_dim in (64, 128)
+        for causal in (False, True)
+        for lengths in batches
+    ]
+
+
+def _window_shapes() -> list[ForwardShape]:
+    return [
+        ForwardShape(head_dim, False, 1, 16384, 2048 // head_dim, 2048 // head_dim, window=SLIDING_WINDOW)
+        for head_dim in (64, 128)
+    ]
+
+
+#: One head group of 32/8, very long, and the length that its speed is compared with.
+LONGEST = ForwardShape(128, True, 1, 131072, 4, 1)
+_LONG = ForwardShape(128, True, 1, 32768, 4, 1)
+
+
+def counterpart(shape: ForwardShape) -> ForwardShape | None:
+    """The shape that this one is timed beside, since it should be as fast for each visible pair; None: no other.
+
+    A window's is the causal mask of the same length; that of a batch of different lengths has as many sequences, all
+    of the mean length; that of the longest shape is a quarter as long.
+    """
+    if shape == LONGEST:
+        return _LONG
+    if shape.is_varlen:
+        return dataclasses.replace(shape, seqlen=sum(shape.lengths) // shape.batch, lengths=())
+    if shape.mask == "window":
+        return dataclasses.replace(shape, causal=True, window=(UNLIMITED, UNLIMITED))
+    return None
+
+
 SETS: dict[str, list[ForwardShape]] = {
     "peers": _square_shapes((512, 1024, 2048, 4096, 8192, 16384)) + _grouped_shapes(),
     "bars": _square_shapes((8192,)),
     "quick": [shape for shape in _square_shapes((1024, 8192)) if shape.head_dim == 128],
+    "b4": _window_shapes() + _varlen_shapes(),
+    "b7": [LONGEST],
 }
-
-#: head_dim -> least speed on the shapes of the set "bars", in units of cuDNN's.
-LEAST_CUDNN_RATIO = {64: 0.95, 128: 1.02, 256: 0.95}
 
 
 def select(words: str) -> list[ForwardShape]:
@@ -80,11 +180,12 @@ def select(words: str) -> list[ForwardShape]:
         match = re.fullmatch(r"([ds])(\d+)", word)
         if match:
             (head_dims if match[1] == "d" else seqlens).add(int(match[2]))
-        elif word in ("full", "causal"):
+        elif word in ("full", "causal", "window"):
             masks.add(word)
         elif word not in SETS:
             raise ValueError(
-                f"--shapes: got {word!r}; it must be one of {', '.join(SETS)}, full, causal, or like d128 or s8192"
+                f"--shapes: got {word!r}; it must be one of {', '.join((*SETS, 'full', 'causal', 'window'))}, "
+                "or like d128 or s8192"
             )
     shapes = [
         shape
