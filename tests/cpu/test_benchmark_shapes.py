@@ -1,16 +1,18 @@
 """What the benchmarks measure: shapes, their pairs and flops, and the bars that results are held to."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 import torch
-from benchmarks import bars, peers, report
+from benchmarks import bars, forward, peers, report
 from benchmarks.forward import _checked_heads, _errors, _reference, failures
 from benchmarks.shapes import LONGEST, SETS, ForwardShape, counterpart, draw_lengths, select
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_attn_3.timing import Timing
 from reference import AttentionOptions, visible_pairs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=5).map(tuple)
@@ -137,6 +139,34 @@ def test_a_right_result_passes_and_another_masks_does_not(shape):
     assert not errors["wrong"] and errors["relative_error"] < 1e-2
     other = dataclasses.replace(shape, causal=not shape.causal, window=(-1, -1))
     assert _errors(peers.BUILDERS[peers.OURS](q, k, v, other)(), expected, shape)["wrong"]
+
+
+def test_a_counterpart_takes_turns_with_its_shape(monkeypatch):
+    """Ours takes 3 ms here and 4 ms on the counterpart, whose sequences are of equal length."""
+    shape = ForwardShape(8, True, 3, 18, 4, 2, lengths=(3, 18, 9))
+    other = counterpart(shape)
+
+    def inputs(which, dtype):
+        heads = (which.heads_q, which.heads_kv, which.heads_kv)
+        return [torch.randn(which.tensor_shape(count)).to(dtype) for count in heads]
+
+    def time_in_turns(calls, rounds):
+        outs = {name: call() for name, call in calls.items()}
+        assert outs["counterpart"].shape == other.tensor_shape(other.heads_q)
+        times = {peers.OURS: 3.0, "counterpart": 4.0}
+        return {name: Timing((times[name],) * rounds) for name in calls}
+
+    monkeypatch.setattr(forward, "_inputs", inputs)
+    monkeypatch.setattr(forward, "time_in_turns", time_in_turns)
+    row = forward.measure_shape(shape, [peers.OURS, "cudnn", "fa4"], torch.bfloat16, rounds=2)
+    assert row["results"][peers.OURS]["ms"] == 3.0 and not row["results"][peers.OURS]["wrong"]
+    assert set(row["results"]) == {peers.OURS, "cudnn", "fa4"} and row["ratios"] == {}
+    assert row["results"]["cudnn"]["unavailable"].startswith("NotImplementedError")
+    assert (row["counterpart"]["name"], row["counterpart"]["ms"]) == (other.name, 4.0)
+    assert row["counterpart"]["relative_pair_time"] == pytest.approx(
+        (3.0 / shape.visible_pairs) / (4.0 / other.visible_pairs)
+    )
+    json.dumps(row)
 
 
 @pytest.mark.parametrize("peer", ["cudnn", "flash", "flex"])

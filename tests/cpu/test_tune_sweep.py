@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -150,6 +151,17 @@ def test_kernels_compiled_elsewhere_are_measured_without_a_compiler(tuner, workb
     dropped = {c["block_n"]: c.get("dropped") for c in tuner.report()["keys"][0]["candidates"]}
     assert dropped[80] == "spills 16 bytes"
     assert dropped[112] == f"not built: not in {folder}, and nothing can be compiled here"
+
+
+def test_without_the_present_kernel_nothing_is_decided(tuner, tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    assert tuner({}, "--block-n", "96", "--compile-only", "--kernels", str(folder)) == 0
+    (present,) = folder.glob(f"{KEY.config(PRESENT).name}-*")
+    shutil.rmtree(present)
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", "0")
+    assert tuner({"96": {"ms": 0.8}}, "--block-n", "96", "--kernels", str(folder)) == 1
+    assert tuner.table() == TABLE
+    assert "the kernel of the present choice is missing" in tuner.summary()
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ class Built:
     Attributes:
         kernels: those that can be launched, also the ones that spill.
         dropped: why a configuration is not to be measured.
+        missing: those of them that were not found and could not be compiled here, so nothing is known of them.
     """
 
     kernels: dict[ForwardConfig, CompiledKernel] = dataclasses.field(default_factory=dict)
     dropped: dict[ForwardConfig, str] = dataclasses.field(default_factory=dict)
+    missing: set[ForwardConfig] = dataclasses.field(default_factory=set)
 
 
 def kernel_store(folder: Path | None) -> KernelStore:
@@ -90,6 +92,7 @@ def _collect(built: Built, config: ForwardConfig, result: Callable[[], CompiledK
         built.dropped[config] = f"does not compile: {(errors or str(error).splitlines())[0]:.200}"
     except (FileNotFoundError, DamagedEntryError) as error:
         built.dropped[config] = f"not built: {error}"
+        built.missing.add(config)
     else:
         built.kernels[config] = kernel
         spilled = spilled_bytes(kernel)

@@ -124,7 +124,9 @@ class KeySweep:
 
     def _decide(self, finals: Sequence[ShapeResult] | None) -> Decision:
         if finals is None:
-            return Decision(None, None, math.nan, math.nan, "not all shapes of the class were measured")
+            return _undecided("not all shapes of the class were measured")
+        if any(self.result.key.config(final.times.present.tile) in self.result.built.missing for final in finals):
+            return _undecided("the kernel of the present choice is missing, so there is nothing to compare with")
         wrong = self._failed_tiles()
         return decide([final.times.without(wrong) for final in finals])
 
@@ -184,7 +186,7 @@ class KeySweep:
         self, shape: TuneShape, present: TileChoice, choices: Sequence[TileChoice]
     ) -> dict[Variant, list[TileChoice]]:
         """Launches that differ -> the choices that lead to them: budgets often allow the same number of heads."""
-        problem = shape.problem(num_sms=132)
+        problem = shape.problem(num_sms=1)  # how many heads are worked on together does not depend on it
         groups: dict[tuple[ForwardConfig, int], list[TileChoice]] = {}
         for choice in choices:
             plan = plan_choice(problem, choice)
@@ -198,6 +200,10 @@ class KeySweep:
 
 def _variant(choice: TileChoice, kernel: CompiledKernel, is_present: bool) -> Variant:
     return Variant(choice, kernel.meta["source_key"], kernel.meta["build_key"], is_present)
+
+
+def _undecided(reason: str) -> Decision:
+    return Decision(None, None, math.nan, math.nan, reason)
 
 
 def _progress(result: ShapeResult) -> str:
