@@ -69,6 +69,10 @@ class TileKey:
             **fields,
         )
 
+    def configs(self, tile: ForwardTile) -> list[ForwardConfig]:
+        """All kernels that a tile comes down to: one for each dtype and layout."""
+        return [self.config(tile, dtype, layout) for dtype, layout in itertools.product(Dtype, SeqLayout)]
+
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
         return f"{dims} {self.mask.slug} {self.score.slug}"

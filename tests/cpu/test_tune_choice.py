@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flash_attn_3 import tile_table
 from flash_attn_3.config import Mask, Score
 from flash_attn_3.tile_table import TABLE_FILE, ForwardTile, TileChoice, TileKey
-from flash_attn_3.tune.choice import Decision, ShapeTimes, decide, finalists
+from flash_attn_3.tune.choice import Decision, ShapeTimes, decide, ranking
 from flash_attn_3.tune.rewrite import merge, updated
 from flash_attn_3.tune.shapes import LengthClass, length_classes
 
@@ -104,12 +104,11 @@ def test_a_replacement_is_always_faster(rounds):
         assert decision.choice != PRESENT and decision.ratio + decision.spread < 1.0
 
 
-def test_finalists_are_the_fastest_tiles_over_all_shapes():
+def test_tiles_rank_by_their_mean_over_all_shapes():
     shapes = [times(p=(1.0,), a=(0.9,), b=(1.2,)), times(p=(1.0,), a=(1.5,), b=(0.95,))]
-    assert finalists(shapes, 2) == [PRESENT.tile, B.tile]
-    assert finalists(shapes, 9) == [PRESENT.tile, B.tile, A.tile]
-    assert finalists([times(p=(1.0,), a=(0.9,)), times(p=(1.0,))], 2) == [PRESENT.tile], "wrong on the second shape"
-    assert finalists([times()], 2) == []
+    assert ranking(shapes) == [PRESENT.tile, B.tile, A.tile]
+    assert ranking([times(p=(1.0,), a=(0.9,)), times(p=(1.0,))]) == [PRESENT.tile], "wrong on the second shape"
+    assert ranking([times()]) == []
 
 
 def test_challengers_can_be_struck_out():

@@ -12,6 +12,7 @@ A sweep may be made in parts: a run changes what it measured and keeps the rest 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import shlex
@@ -167,13 +168,13 @@ def _sweep(
     """Tune key after key; table and report are written after each, so that an interrupted sweep keeps what it has."""
     results: list[KeyResult] = []
     run = {"commit": options.commit or environment.commit(ROOT), "date": environment.date()}
+    compile_them = functools.partial(build, folder=options.kernels, jobs=options.jobs)
     with Worker(options.timeout) as worker:
         for key, candidates_of_key in tiles.items():
             if time.monotonic() > effort.deadline:
                 print(f"{key}: not begun, the time is over", file=sys.stderr)
                 continue
-            built = build([key.config(tile) for tile in candidates_of_key], options.kernels, options.jobs)
-            sweep = KeySweep(key, candidates_of_key, built, table, worker, effort, options.kernels)
+            sweep = KeySweep(key, candidates_of_key, table, compile_them, worker, effort, options.kernels)
             results.append(sweep.run())
             run |= {"device": worker.device, "versions": worker.versions, "command": command}
             table = updated(table, key, results[-1].decisions, run)

@@ -1,4 +1,4 @@
-"""Times -> choices: which tiles go into the final, and which choice a class of lengths gets."""
+"""Times -> choices: how tiles rank, and which choice a class of lengths gets."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def without_class(choice: TileChoice) -> TileChoice:
     return dataclasses.replace(choice, max_seqlen_q=None)
 
 
-def finalists(shapes: Sequence[ShapeTimes], count: int) -> list[ForwardTile]:
-    """The tiles that were fastest over all shapes, by geometric mean; only those that were right on each."""
+def ranking(shapes: Sequence[ShapeTimes]) -> list[ForwardTile]:
+    """The tiles that were right on each shape, the fastest over all of them first, by geometric mean."""
     common = set.intersection(*({c for c, rounds in shape.rounds_ms.items() if rounds} for shape in shapes))
     ranked = sorted(
         (choice for choice in shapes[0].rounds_ms if choice in common),
         key=lambda choice: geometric_mean(shape.relative(choice) for shape in shapes),
     )
-    return list(dict.fromkeys(choice.tile for choice in ranked))[:count]
+    return list(dict.fromkeys(choice.tile for choice in ranked))
 
 
 def decide(shapes: Sequence[ShapeTimes]) -> Decision:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from ..config import ForwardConfig, Mask
 from ..heuristics import plan_choice
 from ..tile_table import ForwardTile, TileChoice, TileKey, TileTable
 from .build import Built
-from .choice import Decision, ShapeTimes, decide, finalists, without_class
+from .choice import Decision, ShapeTimes, decide, ranking, without_class
 from .job import Job, Variant
 from .process import Measured
 from .shapes import LengthClass, TuneShape
@@ -83,20 +83,22 @@ class KeySweep:
 
     Args:
         table: the planner's present table.
-        kernels: the folder of the compiled kernels; None: the user's cache.
+        build: compiles kernels, or finds them.
+        kernels: the folder that it compiles into; None: the user's cache.
     """
 
     def __init__(
         self,
         key: TileKey,
         tiles: Sequence[ForwardTile],
-        built: Built,
         table: TileTable,
+        build: Callable[[Sequence[ForwardConfig]], Built],
         measurer: Measurer,
         effort: Effort,
         kernels: Path | None,
     ) -> None:
-        self.result = KeyResult(key, list(tiles), built)
+        self.result = KeyResult(key, list(tiles), build([key.config(tile) for tile in tiles]))
+        self._build = build
         self._table = table
         self._measurer = measurer
         self._effort = effort
@@ -120,7 +122,25 @@ class KeySweep:
         heats = self._measure("heat", shapes, usable)
         if heats is None:
             return None
-        return self._measure("final", shapes, finalists([heat.times for heat in heats], self._effort.finalists))
+        return self._measure("final", shapes, self._with_sound_siblings(ranking([heat.times for heat in heats])))
+
+    def _with_sound_siblings(self, ranked: Sequence[ForwardTile]) -> list[ForwardTile]:
+        """The finalists: the first tiles whose kernels of the other dtypes and layouts are not dropped either.
+
+        Where nothing can be compiled, a kernel that is missing counts as sound.
+        """
+        key, left, sound = self.result.key, list(ranked), []
+        while left and len(sound) < self._effort.finalists:
+            room = self._effort.finalists - len(sound)
+            batch, left = left[:room], left[room:]
+            built = self._build(
+                [config for tile in batch for config in key.configs(tile) if config != key.config(tile)]
+            )
+            faults = {ForwardTile.of(c): (c, why) for c, why in built.dropped.items() if c not in built.missing}
+            sound += [tile for tile in batch if tile not in faults]
+            for tile, (config, why) in faults.items():
+                self.result.built.dropped.setdefault(key.config(tile), f"{why}, as {config.name}")
+        return sound
 
     def _decide(self, finals: Sequence[ShapeResult] | None) -> Decision:
         if finals is None:
