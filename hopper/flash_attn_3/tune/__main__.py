@@ -118,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile_only:
             build([key.config(tile) for key in keys for tile in tiles[key]], options.kernels, options.jobs)
             return 0
-        command = shlex.join(["python", "-m", "flash_attn_3.tune", *(sys.argv[1:] if arguments is None else arguments)])
-        return _sweep(options, table, tiles, _effort(options, started), command)
+        return _sweep(
+            options, table, tiles, _effort(options, started), _command(sys.argv[1:] if arguments is None else arguments)
+        )
     except (ValueError, CacheError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -156,6 +157,14 @@ def _effort(options: argparse.Namespace, started: float) -> Effort:
         drop_behind=options.drop_behind,
         deadline=started + options.time_limit,
     )
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command line, without the options that have no influence on the outcome, such as paths."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("--kernels", "--table", "--report", "--commit", "--jobs", "--timeout", "--time-limit"):
+        parser.add_argument(name)
+    return shlex.join(["python", "-m", "flash_attn_3.tune", *parser.parse_known_args(arguments)[1]])
 
 
 def _sweep(

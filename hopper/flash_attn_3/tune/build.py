@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def _find(config: ForwardConfig, folder: Path | None) -> CompiledKernel:
     store = kernel_store(folder)
     kernel = store.load_any_build(config, compiler.entry_key(config))
     if kernel is None:
-        raise FileNotFoundError(f"not in {store.root}, and nothing can be compiled here")
+        raise FileNotFoundError("not among the kernels, and nothing can be compiled here")
     return kernel
 
 
@@ -88,7 +89,8 @@ def _collect(built: Built, config: ForwardConfig, result: Callable[[], CompiledK
     try:
         kernel = result()
     except KernelCompileError as error:
-        errors = [line for line in error.output.splitlines() if "error" in line.lower()]
+        # From "error" on: what stands before it is a path.
+        errors = re.findall(r"error.*", error.output, re.IGNORECASE)
         built.dropped[config] = f"does not compile: {(errors or str(error).splitlines())[0]:.200}"
     except (FileNotFoundError, DamagedEntryError) as error:
         built.dropped[config] = f"not built: {error}"
