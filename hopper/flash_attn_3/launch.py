@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from .errors import UnsupportedDeviceError
 from .heuristics import ForwardPlan, plan_forward
 from .problem import ForwardProblem, ScoreScales, normalize_mask
 from .signature import ForwardSignature
+
+if TYPE_CHECKING:
+    from .cache import CompiledKernel
 
 #: Multiprocessors that the CPU model pretends to have: those of an H100 or H200.
 CPU_MODEL_SMS = 132
@@ -117,12 +121,20 @@ def _cpu_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardP
 
 
 def _cuda_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardPlan) -> Callable[..., None]:
-    """A kernel on a Hopper GPU: the runtime's own function, so that a call meets no more Python."""
-    from . import compiler, runtime
+    from . import compiler
 
-    scales = ScoreScales.of(call.scale, float(call.softcap))
+    return cuda_forward(compiler.get_kernel(plan.config), problem, plan, call.scale, float(call.softcap))
+
+
+def cuda_forward(
+    kernel: CompiledKernel, problem: ForwardProblem, plan: ForwardPlan, softmax_scale: float, softcap: float
+) -> Callable[..., None]:
+    """A plan's kernel on a Hopper GPU: the runtime's own function, so that a call meets no more Python."""
+    from . import runtime
+
+    scales = ScoreScales.of(softmax_scale, softcap)
     return runtime.forward_launcher(
-        runtime.load_kernel(compiler.get_kernel(plan.config)),
+        runtime.load_kernel(kernel),
         max_seqlen_q=problem.max_seqlen_q,
         max_seqlen_k=problem.max_seqlen_k,
         num_ctas=plan.num_ctas,

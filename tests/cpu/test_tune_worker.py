@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from flash_attn_3 import cpu_backend, dispatch
+from flash_attn_3 import cpu_backend
 from flash_attn_3.config import Mask, Score
 from flash_attn_3.heuristics import plan_forward
-from flash_attn_3.signature import forward_signature
+from flash_attn_3.launch import cuda_forward, forward_problem
+from flash_attn_3.signature import ForwardOptions, forward_signature
 from flash_attn_3.tile_table import ForwardTile, TileChoice, TileKey
 from flash_attn_3.tune import launch, worker
 from flash_attn_3.tune.job import Job, Variant
@@ -128,23 +129,26 @@ def test_slow_variants_are_left_out_after_the_first_round_but_never_the_present_
 @pytest.mark.parametrize("score", Score)
 @pytest.mark.parametrize("mask", Mask)
 def test_a_kernel_is_launched_as_the_package_launches_it(mask, score, monkeypatch):
-    """The same arguments as those of a call of the public functions, which the runtime's tests know to be right."""
+    """The same launch as that of a call of the public functions, which the runtime's tests know to be right."""
     shape = TuneShape(TileKey(64, 64, mask, score), batch=2, seqlen=70, heads=2)
-    calls = []
-    monkeypatch.setattr("flash_attn_3.runtime.load_kernel", lambda kernel: 7)
-    monkeypatch.setattr("flash_attn_3.runtime.forward", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr("flash_attn_3.compiler.get_kernel", lambda config: None)
-    q, k, v, out = (torch.zeros(2, 70, 2, 64, dtype=torch.bfloat16) for _ in range(4))
-    lse = torch.zeros(2, 2, 70)
+    launches = []
+
+    def forward_launcher(handle, **options):
+        return lambda *tensors: launches.append((handle, options, tensors))
+
+    monkeypatch.setattr("flash_attn_3.runtime.load_kernel", lambda kernel: kernel)
+    monkeypatch.setattr("flash_attn_3.runtime.forward_launcher", forward_launcher)
+    monkeypatch.setattr("flash_attn_3.compiler.get_kernel", lambda config: config)
+    q, k, v, out = (torch.zeros(2, 70, 2, 64, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    lse = torch.zeros(2, 2, 70, device="meta")
     window = (shape.mask.window_left, shape.mask.window_right)
-    signature = forward_signature(
-        q, k, v, None, None, None, None, None, None, None, None, None, None, None, False, window, 0, shape.softcap, 1, 0
-    )
-    problem = dispatch.forward_problem(signature, 132)
+    options = ForwardOptions(window_size=window, softcap=shape.softcap)
+    call = forward_signature(q, k, v, options=options)
+    problem = forward_problem(call, 132)
     assert problem == shape.problem(132)
     plan = plan_forward(problem)
-    dispatch.CudaForward(signature, problem, plan).run(q, k, v, out, lse, None, None, None, None)
-    launch.prepare(None, problem, plan, shape.softcap, (q, k, v, out, lse))()
-    expected, found = calls
-    for a, b in zip(expected, found, strict=True):
-        assert a is b if isinstance(a, torch.Tensor) else a == b
+    cuda_forward(plan.config, problem, plan, call.scale, call.softcap)(q, k, v, out, lse, *(None,) * 4)
+    launch.prepare(plan.config, problem, plan, shape.softcap, (q, k, v, out, lse))()
+    expected, found = launches
+    assert found[:2] == expected[:2]
+    assert all(a is b for a, b in zip(expected[2], found[2], strict=True))

@@ -1,15 +1,16 @@
-"""How the tuner launches a kernel: all that it knows of the runtime's calling convention."""
+"""How the tuner launches a kernel: as the package does, but with tensors and a plan of its own."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
-from .. import runtime
 from ..cache import CompiledKernel
 from ..heuristics import ForwardPlan
-from ..problem import ForwardProblem, ScoreScales
+from ..launch import cuda_forward
+from ..problem import ForwardProblem
 
 
 def prepare(
@@ -20,24 +21,6 @@ def prepare(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> Callable[[], None]:
     """A call that enqueues the kernel on q, k, v and writes out and lse, the five `tensors`."""
-    handle = runtime.load_kernel(kernel)
-    scales = ScoreScales.of(problem.head_dim**-0.5, softcap)
-    arguments = (
-        *tensors,
-        *(None, None, None, None),  # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        problem.max_seqlen_q,
-        problem.max_seqlen_k,
-        plan.num_ctas,
-        plan.num_value_passes,
-        plan.heads_per_section,
-        scales.score_scale,
-        scales.exp2_scale,
-        problem.mask.window_left,
-        problem.mask.window_right,
-        problem.mask.attention_chunk,
-    )
-
-    def launch() -> None:
-        runtime.forward(handle, *arguments)
-
-    return launch
+    launch = cuda_forward(kernel, problem, plan, problem.head_dim**-0.5, softcap)
+    # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    return functools.partial(launch, *tensors, *(None,) * 4)
