@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import host_headers
 from flash_attn_3.config import Mask
-from flash_attn_3.cpu.block_range import BlockRange, block_range, row_keys
+from flash_attn_3.cpu.block_range import BlockRange, block_range, key_rows, query_block_range, row_keys
 from flash_attn_3.problem import UNLIMITED, MaskSpec, normalize_mask
 
 #: Tiles for which tests/block_range_shim.cc instantiates the header; small ones, so that short sequences have many
@@ -106,6 +106,40 @@ def test_window_that_misses_the_first_blocks_is_cut_on_both_sides():
     """W4: the first query tile of a window over a longer key sequence."""
     mask = MaskSpec(Mask.LOCAL, 333, 0, 0)
     assert block_range(mask, 0, 128, 128, 300, 4096) == BlockRange(27, 29, 29, 31)
+
+
+# -- query blocks of a block of keys -----------------------------------------------------------------------------
+
+
+@settings(max_examples=2500)
+@given(tiles(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_len=40))
+@example((MaskSpec(Mask.CAUSAL, UNLIMITED, 0), 0, 4, 4, 3, 9))  # every row sees the leading keys
+@example((MaskSpec(Mask.LOCAL, 3, 2, 0), 0, 4, 4, 5, 12))  # W1: keys left of every window
+@example((MaskSpec(Mask.LOCAL, UNLIMITED, UNLIMITED, 4), 0, 3, 4, 6, 11))  # chunks before the first row
+@example((MaskSpec(Mask.FULL), 0, 4, 4, 6, 3))  # N3: no query block is full beside keys that do not exist
+def test_query_blocks_match_brute_force(tile):
+    """``tiles`` with the sides exchanged: there is a key, but perhaps no row."""
+    mask, n_block, block_n, block_m, len_k, len_q = tile
+    blocks = query_block_range(mask, n_block, block_m, block_n, len_q, len_k)
+    num_m_blocks = -(-len_q // block_m)
+    assert 0 <= blocks.begin <= blocks.full_begin <= blocks.full_end <= blocks.end <= num_m_blocks
+    keys = range(n_block * block_n, (n_block + 1) * block_n)
+    for m_block in range(num_m_blocks):
+        rows = range(m_block * block_m, min((m_block + 1) * block_m, len_q))
+        visible = [key < len_k and sees(mask, row, key, len_q, len_k) for row in rows for key in keys]
+        assert any(visible) == (blocks.begin <= m_block < blocks.end), m_block
+        assert all(visible) == blocks.is_full(m_block), m_block
+
+
+@settings(max_examples=1000)
+@given(mask_specs(30), st.integers(0, 30), st.integers(1, 30))
+def test_key_rows_match_brute_force_and_grow_with_the_key(mask, len_q, len_k):
+    previous = range(0, 0)
+    for key in range(len_k):
+        rows = key_rows(mask, key, len_q, len_k)
+        assert list(rows) == [row for row in range(len_q) if sees(mask, row, key, len_q, len_k)]
+        assert rows.start >= previous.start and rows.stop >= previous.stop
+        previous = rows
 
 
 # -- the kernels' header ---------------------------------------------------------------------------------------
