@@ -47,8 +47,8 @@ def forward(
 
     tile: (block_m, block_n) in place of the planner's choice.
     """
-    batch, seqlen_q = _batch_and_longest(q, sequences.cu_seqlens_q)
-    _, seqlen_k = _batch_and_longest(k, sequences.cu_seqlens_k)
+    batch, seqlen_q = batch_and_longest(q, sequences.cu_seqlens_q)
+    _, seqlen_k = batch_and_longest(k, sequences.cu_seqlens_k)
     problem = ForwardProblem(
         dtype=Dtype.FP16 if q.dtype == torch.float16 else Dtype.BF16,
         batch=batch,
@@ -78,7 +78,8 @@ def forward(
     return out, lse
 
 
-def _batch_and_longest(rows: torch.Tensor, cu_seqlens: list[int] | None) -> tuple[int, int]:
+def batch_and_longest(rows: torch.Tensor, cu_seqlens: list[int] | None) -> tuple[int, int]:
+    """Number of sequences, and rows of the longest."""
     if cu_seqlens is None:
         return rows.shape[0], rows.shape[1]
     lengths = [end - begin for begin, end in itertools.pairwise(cu_seqlens)]

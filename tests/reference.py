@@ -135,10 +135,11 @@ def _attend(
     scores = q @ (k * scale).mT  # (m, g, n)
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    has_key = visible.any(-1)[:, None, None]
-    probabilities = torch.softmax(scores, -1).masked_fill(~has_key, 0.0)
-    return probabilities @ v, torch.logsumexp(scores, -1)
+    has_key = visible.any(-1, keepdim=True)
+    # Rows without a key keep their scores until they have served: gradients through -inf - -inf would be NaN.
+    scores = scores.masked_fill((~visible & has_key)[:, None], float("-inf"))
+    probabilities = torch.softmax(scores, -1).masked_fill(~has_key[:, None], 0.0)
+    return probabilities @ v, torch.logsumexp(scores, -1).masked_fill(~has_key, float("-inf"))
 
 
 def forward_tolerance(reference: torch.Tensor, same_precision: torch.Tensor, softcap: float) -> float:

@@ -14,6 +14,7 @@ from ..heuristics import ForwardPlan
 from ..problem import ForwardProblem, MaskSpec, ScoreScales
 from .block_range import block_range
 from .mask import visible_pairs
+from .sequences import sequence_rows, used_lengths
 from .softmax import NEG_INF, OnlineSoftmax
 
 
@@ -54,35 +55,19 @@ def forward(
     if problem.seq_layout is SeqLayout.DENSE:
         _attend(plan, problem.mask, scales, q, k, v, out, lse)
         return
-    lengths_q = _used_lengths(problem.batch, q, cu_seqlens_q, seqused_q)
-    lengths_k = _used_lengths(problem.batch, k, cu_seqlens_k, seqused_k)
+    lengths_q = used_lengths(problem.batch, q, cu_seqlens_q, seqused_q)
+    lengths_k = used_lengths(problem.batch, k, cu_seqlens_k, seqused_k)
     for sequence, (len_q, len_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         _attend(
             plan,
             problem.mask,
             scales,
-            _sequence_rows(q, cu_seqlens_q, sequence, len_q),
-            _sequence_rows(k, cu_seqlens_k, sequence, len_k),
-            _sequence_rows(v, cu_seqlens_k, sequence, len_k),
-            _sequence_rows(out, cu_seqlens_q, sequence, len_q),
-            _sequence_rows(lse.mT, cu_seqlens_q, sequence, len_q).mT,
+            sequence_rows(q, cu_seqlens_q, sequence, len_q),
+            sequence_rows(k, cu_seqlens_k, sequence, len_k),
+            sequence_rows(v, cu_seqlens_k, sequence, len_k),
+            sequence_rows(out, cu_seqlens_q, sequence, len_q),
+            sequence_rows(lse.mT, cu_seqlens_q, sequence, len_q).mT,
         )
-
-
-def _used_lengths(
-    batch: int, rows: torch.Tensor, cu_seqlens: torch.Tensor | None, seqused: torch.Tensor | None
-) -> list[int]:
-    """How many rows of each sequence exist: its segment, cut to seqused."""
-    segments = [rows.shape[1]] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
-    used = segments if seqused is None else seqused.tolist()
-    return [max(0, min(length, segment)) for length, segment in zip(used, segments, strict=True)]
-
-
-def _sequence_rows(tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, sequence: int, length: int) -> torch.Tensor:
-    """The existing rows of one sequence of (batch, seqlen, ...) or (total, ...), as a view (1, length, ...)."""
-    if cu_seqlens is None:
-        return tensor[sequence : sequence + 1, :length]
-    return tensor.narrow(0, int(cu_seqlens[sequence]), length)[None]
 
 
 def _attend(
