@@ -65,18 +65,18 @@ def backward(
         plan = dataclasses.replace(plan, config=config)
     block_m, heads = plan.config.block_m, q.shape[-2]
     if sequences.cu_seqlens_q is None:
-        statistics_shape = (batch, heads, round_up(seqlen_q, block_m))
+        statistics_shape = (2, batch, heads, round_up(seqlen_q, block_m))
     else:
-        statistics_shape = (heads, padded_rows(q.shape[0], batch, block_m))
+        statistics_shape = (2, heads, padded_rows(q.shape[0], batch, block_m))
     index_tensors = [
         None if field is None else torch.tensor(field, dtype=torch.int32) for field in dataclasses.astuple(sequences)
     ]
     found = [torch.full_like(x, NAN) if is_wanted else None for x, is_wanted in zip((q, k, v), wanted, strict=True)]
-    statistics = [torch.full(statistics_shape, NAN, dtype=lse.dtype) for _ in range(2)]
-    tensors = cpu_backend.BackwardTensors(dout, q, k, v, out, lse, dlse, *statistics, *found, *index_tensors)
+    statistics = torch.full(statistics_shape, NAN, dtype=lse.dtype)
+    tensors = cpu_backend.BackwardTensors(dout, q, k, v, out, lse, dlse, statistics, *found, *index_tensors)
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     cpu_backend.backward(plan, problem, tensors, scale, options.softcap)
-    assert not statistics[0].isnan().any() and not statistics[1].isnan().any()
+    assert not statistics.isnan().any()
     return tuple(found)
 
 

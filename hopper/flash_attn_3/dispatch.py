@@ -11,13 +11,18 @@ import threading
 import torch
 
 from . import validation
+from .backward_launch import BackwardLaunch, prepare_backward
+from .backward_validation import check_backward
 from .launch import ForwardLaunch, prepare_forward
 from .signature import (
+    ALL_WANTED,
     NO_EXTRAS,
+    NO_INDEX_TENSORS,
     NO_OPTIONS,
     ForwardOptions,
     ForwardSignature,
     OptionalTensors,
+    backward_signature,
     forward_signature,
     plain_options,
 )
@@ -26,7 +31,11 @@ from .signature import (
 MAX_LAUNCHES = 4096
 
 _launches: dict[tuple, ForwardLaunch] = {}
+_backward_launches: dict[tuple, BackwardLaunch] = {}
 _adding = threading.Lock()
+
+#: dq, dk, dv; None where they are not wanted.
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def forward(
@@ -84,6 +93,82 @@ def forward(
     return out, lse
 
 
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    index_tensors: tuple[torch.Tensor | None, ...] = NO_INDEX_TENSORS,
+    options: ForwardOptions = NO_OPTIONS,
+    deterministic: bool = False,
+    wanted: tuple[bool, bool, bool] = ALL_WANTED,
+    gradients: Gradients | None = None,
+) -> tuple[Gradients, torch.Tensor]:
+    """The gradients of q, k and v: what every backward pass ends in.
+
+    Args:
+        dout: gradient of out.
+        dlse: gradient of lse; None where it is zero.
+        q, k, v, index_tensors, options: of the forward call; the index tensors are the first four of its extras.
+        out, lse: its results.
+        deterministic: whether equal calls have bitwise equal gradients.
+        wanted: which of dq, dk and dv to compute; the others are None in the result.
+        gradients: where to write them, their rows contiguous, in place of ``wanted``; allocated by default.
+
+    Returns:
+        (dq, dk, dv), and the statistics of the query rows, softmax_d and lse_log2 (`cpu.row_statistics`), as one fp32
+        tensor (2, b, h, rows) or (2, h, rows) with the rows laid out as `backward_plan` says.
+    """
+    options = plain_options(options)
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = index_tensors
+    if gradients is not None:
+        wanted = tuple([gradient is not None for gradient in gradients])
+    arguments = (dout, dlse, q, k, v, out, lse, index_tensors, options, deterministic, gradients)
+    try:
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            q.device,
+            None if cu_seqlens_q is None else cu_seqlens_q.shape,
+            cu_seqlens_k is None,
+            seqused_q is None,
+            seqused_k is None,
+            wanted,
+            deterministic,
+            options,
+        )
+        launch = _backward_launches.get(key)
+    except (AttributeError, TypeError):
+        key = launch = None
+    if launch is None:
+        launch = prepare_backward(backward_signature(*arguments))
+        if launch.checks_tensors:
+            _remember(_backward_launches, key, launch)
+    statistics = launch.new_statistics()
+    try:
+        if gradients is None:
+            new_dq, new_dk, new_dv = launch.new_gradients
+            gradients = (
+                new_dq() if wanted[0] else None,
+                new_dk() if wanted[1] else None,
+                new_dv() if wanted[2] else None,
+            )
+        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+        out, dout = maybe_contiguous(out), maybe_contiguous(dout)
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        dq, dk, dv = gradients
+        launch.run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors)
+    except (AttributeError, TypeError, ValueError):
+        check_backward(backward_signature(*arguments))
+        raise
+    return gradients, statistics
+
+
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x``, copied if its last dimension is not contiguous; the other strides are free."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
@@ -97,8 +182,12 @@ def _prepare(key: tuple, call: ForwardSignature) -> ForwardLaunch:
     """
     launch = prepare_forward(call)
     if launch.checks_tensors and call.q_descale is call.k_descale is call.v_descale is None:
-        with _adding:  # two threads may have prepared the same launch; either will do
-            if len(_launches) >= MAX_LAUNCHES:
-                del _launches[next(iter(_launches))]
-            _launches[key] = launch
+        _remember(_launches, key, launch)
     return launch
+
+
+def _remember(launches: dict, key: tuple, launch: ForwardLaunch | BackwardLaunch) -> None:
+    with _adding:  # two threads may have prepared the same launch; either will do
+        if len(launches) >= MAX_LAUNCHES:
+            del launches[next(iter(launches))]
+        launches[key] = launch

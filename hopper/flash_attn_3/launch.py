@@ -46,7 +46,7 @@ class ForwardLaunch:
 def prepare_forward(call: ForwardSignature) -> ForwardLaunch:
     """Judge a signature, plan it and get its kernel."""
     validation.check_forward(call)
-    problem = forward_problem(call, _num_sms(call.q.device))
+    problem = forward_problem(call, device_sms(call.q.device))
     plan = plan_forward(problem)
     if plan.num_ctas == 0 or math.prod(call.out_shape) == 0:
         run, checks_tensors = _write_nothing, False
@@ -82,7 +82,7 @@ def forward_problem(call: ForwardSignature, num_sms: int) -> ForwardProblem:
     )
 
 
-def _num_sms(device: torch.device) -> int:
+def device_sms(device: torch.device) -> int:
     """Multiprocessors of a device that our kernels run on; any other GPU is an error, never a fallback."""
     if device.type == "cpu":
         return CPU_MODEL_SMS

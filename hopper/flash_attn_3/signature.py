@@ -1,4 +1,4 @@
-"""A forward call without its data: everything that decides whether it is valid and what is launched."""
+"""A call without its data: everything that decides whether it is valid and what is launched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import invalid, plain_float, plain_int, window_sides
+from .backward_plan import padded_rows, round_up
 
 
 class OptionalTensors(NamedTuple):
@@ -36,8 +37,13 @@ class ForwardOptions(NamedTuple):
     sm_margin: int = 0
 
 
+#: How many of the `OptionalTensors`, the first ones, say where sequences lie; the others are descales.
+NUM_INDEX_TENSORS = 4
+NO_INDEX_TENSORS = (None,) * NUM_INDEX_TENSORS
 NO_EXTRAS = OptionalTensors()
 NO_OPTIONS = ForwardOptions()
+#: All of dq, dk and dv.
+ALL_WANTED = (True, True, True)
 
 
 class TensorSpec(NamedTuple):
@@ -114,6 +120,31 @@ class ForwardSignature(NamedTuple):
         return (rows[0], heads, rows[1]) if self.cu_seqlens_q is None else (heads, rows[0])
 
 
+class BackwardSignature(NamedTuple):
+    """One backward call: the forward call whose results it has, gradients of these, and gradients to write."""
+
+    forward: ForwardSignature  # with out
+    softmax_lse: TensorSpec  # `ForwardSignature.lse_shape`
+    dout: TensorSpec  # like out
+    dlse: TensorSpec | None  # like softmax_lse; None: zero
+    dq: TensorSpec | None  # like q; None: not wanted, or to be allocated
+    dk: TensorSpec | None
+    dv: TensorSpec | None
+    deterministic: bool
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec | None]:
+        """The fields that the forward call does not have and that stand for tensors, by name."""
+        return dict(zip(self._fields[1:-1], self[1:-1], strict=True))
+
+    def statistics_shape(self, block_m: int) -> tuple[int, ...]:
+        """Shape of scratch with two floats per query row: (2, b, h, rows), or (2, h, rows) with cu_seqlens_q."""
+        *rows, heads, _ = self.forward.q.shape
+        if self.forward.cu_seqlens_q is None:
+            return 2, rows[0], heads, round_up(rows[1], block_m)
+        return 2, heads, padded_rows(rows[0], self.forward.batch, block_m)
+
+
 #: The tensors of a call, in the order of its signature.
 TENSOR_NAMES = ("q", "k", "v", "out", *OptionalTensors._fields)
 
@@ -131,15 +162,49 @@ def forward_signature(
     Raises:
         TypeError: what should be a tensor is none.
     """
-    specs = []
-    for name, tensor in zip(TENSOR_NAMES, (q, k, v, out, *extras), strict=True):
-        if isinstance(tensor, torch.Tensor):
-            specs.append(TensorSpec(tensor.shape, tensor.dtype, tensor.device))
-        elif tensor is None and name not in ("q", "k", "v"):
-            specs.append(None)
-        else:
-            raise invalid(TypeError, name, None if tensor is None else f"a {type(tensor).__name__}", "a torch.Tensor")
+    tensors = zip(TENSOR_NAMES, (q, k, v, out, *extras), strict=True)
+    specs = (_spec(name, tensor, is_optional=name not in ("q", "k", "v")) for name, tensor in tensors)
     return ForwardSignature(*specs, *options)
+
+
+def backward_signature(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    index_tensors: tuple[torch.Tensor | None, ...] = NO_INDEX_TENSORS,
+    options: ForwardOptions = NO_OPTIONS,
+    deterministic: bool = False,
+    gradients: tuple[torch.Tensor | None, ...] | None = None,
+) -> BackwardSignature:
+    """The signature of a backward call with plain options.
+
+    Raises:
+        TypeError: what should be a tensor is none.
+    """
+    _spec("out", out)
+    dq, dk, dv = gradients or (None, None, None)
+    return BackwardSignature(
+        forward_signature(q, k, v, OptionalTensors(*index_tensors), options, out),
+        _spec("softmax_lse", softmax_lse),
+        _spec("dout", dout),
+        _spec("dlse", dlse, is_optional=True),
+        _spec("dq", dq, is_optional=True),
+        _spec("dk", dk, is_optional=True),
+        _spec("dv", dv, is_optional=True),
+        deterministic,
+    )
+
+
+def _spec(name: str, tensor: torch.Tensor | None, is_optional: bool = False) -> TensorSpec | None:
+    if isinstance(tensor, torch.Tensor):
+        return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
+    if tensor is None and is_optional:
+        return None
+    raise invalid(TypeError, name, None if tensor is None else f"a {type(tensor).__name__}", "a torch.Tensor")
 
 
 def plain_options(options: ForwardOptions) -> ForwardOptions:

@@ -29,8 +29,8 @@ class BackwardTensors:
         dout: gradient of out, shaped like it.
         q, k, v, out, lse: arguments and results of the forward pass.
         dlse: gradient of lse, shaped like it; None where it is zero.
-        softmax_d, lse_log2: scratch for `row_statistics`; fp32 (batch, heads_q, rows) with rows a multiple of block_m,
-            or (heads_q, `backward_plan.padded_rows`) with cu_seqlens_q.
+        statistics: scratch for the two `row_statistics`, fp32 (2, batch, heads_q, rows) with rows a multiple of
+            block_m, or (2, heads_q, `backward_plan.padded_rows`) with cu_seqlens_q.
         dq, dk, dv: the gradients, shaped like q, k and v; None: not wanted.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1), or None for a dense side.
         seqused_q, seqused_k: int32 (batch), rows of each sequence that exist, or None for all.
@@ -43,8 +43,7 @@ class BackwardTensors:
     out: torch.Tensor
     lse: torch.Tensor
     dlse: torch.Tensor | None
-    softmax_d: torch.Tensor
-    lse_log2: torch.Tensor
+    statistics: torch.Tensor
     dq: torch.Tensor | None
     dk: torch.Tensor | None
     dv: torch.Tensor | None
@@ -58,7 +57,7 @@ class BackwardTensors:
 def backward(
     plan: BackwardPlan, problem: BackwardProblem, tensors: BackwardTensors, softmax_scale: float, softcap: float
 ) -> None:
-    """Gradients of attention on CPU tensors; writes softmax_d, lse_log2, dq, dk and dv in place, every element.
+    """Gradients of attention on CPU tensors; writes statistics, dq, dk and dv in place, every element.
 
     Rows that take no part (past seqused, outside every segment, without a visible partner) have gradient 0. What stands
     in such rows of the other tensors is not read.
@@ -68,22 +67,18 @@ def backward(
     for gradient in (tensors.dq, tensors.dk, tensors.dv):
         if gradient is not None:
             gradient.zero_()
-    tensors.softmax_d.zero_()
-    tensors.lse_log2.fill_(math.inf)
+    tensors.statistics[0] = 0.0
+    tensors.statistics[1] = math.inf
     scales = ScoreScales.of(softmax_scale, softcap)
     for part in _equally_long(plan, problem, tensors):
-        softmax_d, lse_log2 = row_statistics(part.dout, part.out, part.lse, part.dlse)
-        part.softmax_d.copy_(softmax_d)
-        part.lse_log2.copy_(lse_log2)
+        part.statistics[0], part.statistics[1] = row_statistics(part.dout, part.out, part.lse, part.dlse)
         _differentiate(plan, problem.forward.mask, scales, softmax_scale, part)
 
 
 def _equally_long(plan: BackwardPlan, problem: BackwardProblem, call: BackwardTensors) -> Iterator[BackwardTensors]:
     """The existing rows of a call's sequences, each tensor as (b, len, ...): all at once where they are dense."""
     if problem.forward.seq_layout is SeqLayout.DENSE:
-        rows = slice(0, call.q.shape[1])
-        statistics = {"softmax_d": call.softmax_d[..., rows], "lse_log2": call.lse_log2[..., rows]}
-        yield dataclasses.replace(call, **statistics)
+        yield dataclasses.replace(call, statistics=call.statistics[..., : call.q.shape[1]])
         return
     batch = problem.forward.batch
     lengths_q = used_lengths(batch, call.q, call.cu_seqlens_q, call.seqused_q)
@@ -104,8 +99,7 @@ def _equally_long(plan: BackwardPlan, problem: BackwardProblem, call: BackwardTe
             out=of_q(call.out),
             lse=of_q(call.lse.mT).mT,
             dlse=None if call.dlse is None else of_q(call.dlse.mT).mT,
-            softmax_d=_statistics_of(call.softmax_d, call.cu_seqlens_q, sequence, len_q, plan.config.block_m),
-            lse_log2=_statistics_of(call.lse_log2, call.cu_seqlens_q, sequence, len_q, plan.config.block_m),
+            statistics=_statistics_of(call.statistics, call.cu_seqlens_q, sequence, len_q, plan.config.block_m),
             dq=of_q(call.dq),
             dk=of_k(call.dk),
             dv=of_k(call.dv),
@@ -113,12 +107,12 @@ def _equally_long(plan: BackwardPlan, problem: BackwardProblem, call: BackwardTe
 
 
 def _statistics_of(
-    scratch: torch.Tensor, cu_seqlens_q: torch.Tensor | None, sequence: int, len_q: int, block_m: int
+    statistics: torch.Tensor, cu_seqlens_q: torch.Tensor | None, sequence: int, len_q: int, block_m: int
 ) -> torch.Tensor:
-    """One sequence's rows (1, h, len_q) in the scratch of a call."""
+    """One sequence's rows (2, 1, h, len_q) in the scratch of a call."""
     if cu_seqlens_q is None:
-        return scratch[sequence : sequence + 1, :, :len_q]
-    return scratch.narrow(1, padded_offset(int(cu_seqlens_q[sequence]), sequence, block_m), len_q)[None]
+        return statistics[:, sequence : sequence + 1, :, :len_q]
+    return statistics.narrow(2, padded_offset(int(cu_seqlens_q[sequence]), sequence, block_m), len_q)[:, None]
 
 
 def _differentiate(
@@ -128,7 +122,7 @@ def _differentiate(
     block_n, len_k, heads_kv = plan.config.block_n, part.k.shape[1], part.k.shape[2]
     accumulate = torch.promote_types(part.q.dtype, torch.float32)
     # (b, h, ...) with the query heads of each kv head in a dimension of their own.
-    heads_first = (part.q.transpose(1, 2), part.dout.transpose(1, 2), part.softmax_d, part.lse_log2)
+    heads_first = (part.q.transpose(1, 2), part.dout.transpose(1, 2), *part.statistics)
     rows = _QueryRows(*(x.unflatten(1, (heads_kv, -1)).to(accumulate) for x in heads_first))
     dq = torch.zeros_like(rows.q)
     for n_block in range(-(-len_k // block_n)):

@@ -1,0 +1,100 @@
+"""What a backward signature comes down to: the tensors to allocate and a function of tensors that fills them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import validation
+from .backward_config import Accumulation
+from .backward_plan import BackwardPlan, BackwardProblem, plan_backward
+from .backward_validation import check_backward
+from .launch import device_sms, forward_problem
+from .signature import BackwardSignature, TensorSpec
+
+NO_CUDA_BACKWARD = (
+    "the backward pass of flash_attn_3 is not available on CUDA devices yet: call the function under torch.no_grad(), "
+    "or detach q, k and v. CPU tensors have gradients"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardLaunch:
+    """One signature's backward pass, ready to run on any tensors of that signature.
+
+    Attributes:
+        new_gradients: allocate dq, dk and dv, uninitialised and contiguous.
+        new_statistics: allocates scratch with two floats per query row.
+        run: ``run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
+            seqused_k)`` writes the statistics and those of dq, dk and dv that are not None.
+        checks_tensors: whether ``run`` raises TypeError or ValueError for tensors of another signature.
+    """
+
+    new_gradients: tuple[Callable[[], torch.Tensor], ...]
+    new_statistics: Callable[[], torch.Tensor]
+    run: Callable[..., None]
+    checks_tensors: bool
+
+
+def prepare_backward(call: BackwardSignature) -> BackwardLaunch:
+    """Judge a signature, plan it and get its kernels."""
+    check_backward(call)
+    forward = call.forward
+    accumulation = Accumulation.ORDERED if call.deterministic else Accumulation.UNORDERED
+    problem = BackwardProblem(forward_problem(forward, device_sms(forward.q.device)), accumulation)
+    plan = plan_backward(problem)
+    if plan.num_tiles == 0 or math.prod(forward.q.shape) == 0:
+        run, checks_tensors = _write_zeros, False
+    elif forward.q.device.type == "cuda":
+        run, checks_tensors = cuda_backward(call, problem, plan), True
+    else:
+        run, checks_tensors = _cpu_backward(call, problem, plan), False
+    statistics = TensorSpec(call.statistics_shape(plan.config.block_m), torch.float32, forward.q.device)
+    return BackwardLaunch(
+        tuple(map(_allocator, (forward.q, forward.k, forward.v))), _allocator(statistics), run, checks_tensors
+    )
+
+
+def _allocator(spec: TensorSpec) -> Callable[[], torch.Tensor]:
+    # Sizes one by one: torch takes half a microsecond more to read a tuple of them.
+    return functools.partial(torch.empty, *spec.shape, dtype=spec.dtype, device=spec.device)
+
+
+# -- what runs -------------------------------------------------------------------------------------------
+
+
+def _write_zeros(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors) -> None:
+    """No query sees a key."""
+    statistics[0].zero_()
+    statistics[1].fill_(math.inf)
+    for gradient in (dq, dk, dv):
+        if gradient is not None:
+            gradient.zero_()
+
+
+def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: BackwardPlan) -> Callable[..., None]:
+    """The tile-level model of the kernels, in PyTorch."""
+    from . import cpu_backend
+
+    scales = (call.forward.scale, float(call.forward.softcap))
+
+    def run(*tensors: torch.Tensor | None) -> None:
+        named = cpu_backend.BackwardTensors(*tensors)
+        validation.check_index_strides(
+            cu_seqlens_q=named.cu_seqlens_q,
+            cu_seqlens_k=named.cu_seqlens_k,
+            seqused_q=named.seqused_q,
+            seqused_k=named.seqused_k,
+        )
+        cpu_backend.backward(plan, problem, named, *scales)
+
+    return run
+
+
+def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: BackwardPlan) -> Callable[..., None]:
+    """The kernels do not exist yet."""
+    raise NotImplementedError(NO_CUDA_BACKWARD)

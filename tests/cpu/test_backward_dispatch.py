@@ -1,0 +1,247 @@
+"""The way from a backward call to a launch, with a stand-in for the kernels; fake tensors stand for CUDA tensors."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cpu_calls import random_qkv
+from flash_attn_3 import backward_launch, dispatch, runtime
+from flash_attn_3.backward_config import Accumulation
+from flash_attn_3.config import Mask, Score, SeqLayout
+from flash_attn_3.errors import UnsupportedDeviceError
+from flash_attn_3.signature import BackwardSignature, ForwardOptions
+from flash_attn_interface import flash_attn_func
+
+DEVICE = torch.device("cuda", 1)
+BF16, FP16, INT32 = torch.bfloat16, torch.float16, torch.int32
+NAMES = ("dout", "q", "k", "v", "out", "lse", "dlse", "statistics", "dq", "dk", "dv")
+
+
+@dataclasses.dataclass
+class FakeKernels:
+    """Kernels that only note down what they are launched with."""
+
+    signatures: list[BackwardSignature] = dataclasses.field(default_factory=list)
+    launches: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    #: What the next launches raise.
+    error: Exception | None = None
+
+    def __call__(self, call, problem, plan):
+        self.signatures.append(call)
+
+        def run(*tensors: torch.Tensor | None) -> None:
+            if self.error is not None:
+                raise self.error
+            self.launches.append({"problem": problem, "plan": plan, **dict(zip(NAMES, tensors, strict=False))})
+
+        return run
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(runtime, "compute_capability", {1: (9, 0)}.__getitem__)
+    monkeypatch.setattr(runtime, "num_sms", {1: 114}.__getitem__)
+    monkeypatch.setattr(dispatch, "_backward_launches", {})
+    with FakeTensorMode():
+        yield
+
+
+@pytest.fixture
+def kernels(hopper, monkeypatch) -> FakeKernels:
+    stand_in = FakeKernels()
+    monkeypatch.setattr(backward_launch, "cuda_backward", stand_in)
+    return stand_in
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16, device: torch.device | str = DEVICE) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def call(
+    lengths=(300, 500), heads=(4, 2), head_dims=(64, 64), batch=2, dtype=BF16, device=DEVICE
+) -> dict[str, torch.Tensor | None]:
+    (sq, sk), (h, hk), (d, dv) = lengths, heads, head_dims
+    shapes = {
+        "dout": (batch, sq, h, dv),
+        "dlse": (batch, h, sq),
+        "q": (batch, sq, h, d),
+        "k": (batch, sk, hk, d),
+        "v": (batch, sk, hk, dv),
+        "out": (batch, sq, h, dv),
+        "lse": (batch, h, sq),
+    }
+    dtypes = {"dlse": torch.float32, "lse": torch.float32}
+    return {name: empty(*s, dtype=dtypes.get(name, dtype), device=device) for name, s in shapes.items()}
+
+
+def test_not_available_on_cuda_devices_yet(hopper):
+    with pytest.raises(NotImplementedError, match=r"backward pass.*not available on CUDA.*no_grad.*detach"):
+        dispatch.backward(**call())
+
+
+@pytest.mark.parametrize("lengths", [(0, 500), (300, 0)], ids=str)
+def test_empty_calls_need_no_kernel(lengths, hopper, monkeypatch):
+    """N5: gradients of a call without queries or keys are zeros, on a device without a backward pass, too."""
+    written = []
+    monkeypatch.setattr(backward_launch, "_write_zeros", lambda *tensors: written.append(tensors))
+    gradients, _ = dispatch.backward(**call(lengths))
+    assert [x.shape for x in gradients] == [(2, lengths[0], 4, 64), *[(2, lengths[1], 2, 64)] * 2]
+    assert all(any(x is tensor for tensor in written[0]) for x in gradients)
+
+
+def test_launch_of_a_dense_call(kernels):
+    tensors = call(head_dims=(192, 128))
+    (dq, dk, dv), statistics = dispatch.backward(**tensors, options=ForwardOptions(softcap=2.0, causal=True))
+    (launched,) = kernels.launches
+    assert all(launched[name] is x for name, x in tensors.items())
+    results = {"dq": dq, "dk": dk, "dv": dv, "statistics": statistics}
+    assert all(launched[name] is x for name, x in results.items())
+    for name in "qkv":
+        gradient = results[f"d{name}"]
+        assert (gradient.shape, gradient.dtype, gradient.device) == (tensors[name].shape, BF16, DEVICE)
+        assert gradient.is_contiguous()
+    assert (statistics.shape, statistics.dtype) == ((2, 2, 4, 320), torch.float32)
+    config = launched["plan"].config
+    assert (config.head_dim, config.head_dim_v, config.mask, config.score) == (192, 128, Mask.CAUSAL, Score.SOFTCAP)
+    assert (config.seq_layout, config.accumulation) == (SeqLayout.DENSE, Accumulation.UNORDERED)
+    assert launched["problem"].forward.num_sms == 114
+
+
+def test_deterministic_is_an_axis_of_the_kernel(kernels):
+    dispatch.backward(**call(), deterministic=True)
+    assert kernels.launches[0]["plan"].config.accumulation is Accumulation.ORDERED
+
+
+def test_launch_of_a_packed_call(kernels):
+    tensors = {name: x.flatten(0, 1) for name, x in call().items() if "lse" not in name}
+    lse, offsets = empty(4, 600, dtype=torch.float32), empty(3, dtype=INT32)
+    used = empty(2, dtype=INT32)
+    options = ForwardOptions(300, 500)
+    _, statistics = dispatch.backward(
+        **tensors, lse=lse, dlse=None, index_tensors=(offsets, offsets, used, None), options=options
+    )
+    (launched,) = kernels.launches
+    assert launched["dlse"] is None
+    assert statistics.shape == (2, 4, 896), "600 rows and 2 sequences in blocks of 128"
+    assert launched["plan"].config.seq_layout is SeqLayout.VARLEN
+
+
+def test_wanted_and_given_gradients(kernels):
+    (dq, dk, dv), _ = dispatch.backward(**call(), wanted=(False, True, False))
+    assert dq is dv is None and dk is kernels.launches[0]["dk"]
+    given = (empty(2, 300, 4, 64), None, None)
+    assert dispatch.backward(**call(), gradients=given)[0] is given
+    assert [kernels.launches[1][name] for name in ("dq", "dk", "dv")] == [*given]
+
+
+def test_equal_calls_share_a_launch(kernels):
+    for _ in range(3):
+        dispatch.backward(**call())
+    assert (len(kernels.signatures), len(kernels.launches)) == (1, 3)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "q": ({"lengths": (301, 500)}, {}),
+    "k": ({"lengths": (300, 501)}, {}),
+    "heads": ({"heads": (2, 2)}, {}),
+    "head_dim_v": ({"head_dims": (64, 128)}, {}),
+    "batch": ({"batch": 3}, {}),
+    "dtype": ({"dtype": FP16}, {}),
+    "deterministic": ({}, {"deterministic": True}),
+    "wanted": ({}, {"wanted": (True, False, True)}),
+    "softmax_scale": ({}, {"options": ForwardOptions(softmax_scale=0.5)}),
+    "causal": ({}, {"options": ForwardOptions(causal=True)}),
+    "window_size": ({}, {"options": ForwardOptions(window_size=(3, 3))}),
+    "attention_chunk": ({}, {"options": ForwardOptions(attention_chunk=5)}),
+    "softcap": ({}, {"options": ForwardOptions(softcap=1.0)}),
+    "sm_margin": ({}, {"options": ForwardOptions(sm_margin=1)}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "others"), CHANGES.values(), ids=CHANGES)
+def test_other_calls_have_launches_of_their_own(tensors, others, kernels):
+    dispatch.backward(**call())
+    dispatch.backward(**call(**tensors), **others)
+    assert len(kernels.signatures) == 2
+
+
+def test_the_oldest_launch_is_forgotten(kernels, monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_LAUNCHES", 2)
+    for length in (10, 20, 30, 20, 30, 10):
+        dispatch.backward(**call((length, 40)))
+    assert [signature.forward.q.shape[1] for signature in kernels.signatures] == [10, 20, 30, 10]
+
+
+WRONG_TENSORS = {
+    "dout_dtype": (lambda: {"dout": empty(2, 300, 4, 64, dtype=FP16)}, TypeError, "dout: got dtype torch.float16"),
+    "out_shape": (lambda: {"out": empty(2, 299, 4, 64)}, ValueError, "out: got shape"),
+    "lse_shape": (lambda: {"lse": empty(2, 300, 4, dtype=torch.float32)}, ValueError, "softmax_lse: got shape"),
+    "dlse_dtype": (lambda: {"dlse": empty(2, 4, 300)}, TypeError, "dlse: got dtype torch.bfloat16"),
+    "dq_shape": (lambda: {"gradients": (empty(2, 300, 2, 64), None, None)}, ValueError, "dq: got shape"),
+    "dq_device": (
+        lambda: {"gradients": (torch.empty(2, 300, 4, 64, dtype=BF16), None, None)},
+        ValueError,
+        "dq: got device cpu; it must be on q's device, cuda:1",
+    ),
+    "out_none": (lambda: {"out": None}, TypeError, "out: got None; it must be a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "text"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_tensors_meet_the_same_words_on_a_remembered_launch(change, error, text, kernels):
+    """A launch is found by less than what makes a call valid; the runtime then refuses, and the rules say why."""
+    gradients = {"gradients": (empty(2, 300, 4, 64), None, None)}
+    dispatch.backward(**call(), **gradients)
+    kernels.error = error("the runtime's own words")
+    for _ in range(2):
+        with pytest.raises(error) as caught:
+            dispatch.backward(**call() | gradients | change())
+        assert str(caught.value).startswith(text)
+    kernels.error = None
+    dispatch.backward(**call(), **gradients)
+    assert len(kernels.launches) == 2
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError])
+def test_what_breaks_no_rule_is_told_by_the_runtime(kind, kernels):
+    kernels.error = kind("the runtime's own words")
+    with pytest.raises(kind, match=r"^the runtime's own words$"):
+        dispatch.backward(**call())
+
+
+def test_rows_are_made_contiguous(monkeypatch):
+    """L1: an expanded gradient, and a strided log-sum-exp; strides of whole rows stay."""
+    kernels = FakeKernels()
+    monkeypatch.setattr(backward_launch, "_cpu_backward", kernels)
+    tensors = call(device="cpu")
+    tensors["dout"] = torch.ones((), dtype=BF16).expand(2, 300, 4, 64)
+    tensors["dlse"] = torch.ones(()).expand(2, 4, 300)
+    tensors["lse"] = torch.zeros(2, 300, 4).transpose(1, 2)
+    tensors["k"] = torch.zeros(2, 500, 2, 128, dtype=BF16)[..., :64]
+    dispatch.backward(**tensors)
+    (launched,) = kernels.launches
+    assert launched["dout"].stride(-1) == 1
+    assert launched["lse"].is_contiguous() and launched["dlse"].is_contiguous()
+    assert launched["k"] is tensors["k"]
+
+
+def test_gpu_that_is_not_hopper(kernels, monkeypatch):
+    monkeypatch.setattr(runtime, "compute_capability", lambda device: (8, 0))
+    with pytest.raises(UnsupportedDeviceError, match=r"cuda:1 has compute capability 8\.0"):
+        dispatch.backward(**call())
+
+
+def test_nothing_is_remembered_on_the_cpu():
+    """With nobody to check the tensors, every call is judged."""
+    q, k, v = random_qkv((20, 30))
+    out, lse = flash_attn_func(q, k, v, return_attn_probs=True)
+    dispatch.backward(out, None, q, k, v, out, lse)
+    with pytest.raises(ValueError, match="dout: got shape"):
+        dispatch.backward(out[:, :19], None, q, k, v, out, lse)
+    _, (_, lse_log2) = dispatch.backward(out, None, q, k, v, out, lse)
+    assert lse_log2.shape == (1, 2, 128) and (lse_log2[..., 20:] == math.inf).all()
