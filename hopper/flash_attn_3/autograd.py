@@ -9,33 +9,92 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
-from .ops import NO_BACKWARD, call_functional, gradient_is_wanted, operators_are_watched
-from .signature import ForwardOptions, OptionalTensors
+from .arguments import split_qkv
+from .backward_ops import call_gradients
+from .ops import call_functional, gradient_is_wanted, operators_are_watched
+from .signature import ALL_WANTED, NO_INDEX_TENSORS, NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, plain_options
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: OptionalTensors, options: ForwardOptions
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: OptionalTensors,
+    options: ForwardOptions,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); the arguments are those of `dispatch.forward`."""
+    """(out, lse); the arguments are those of `dispatch.forward`, and ``deterministic`` is for the backward pass."""
     if operators_are_watched(q):
         # Brings an autograd formula of its own.
-        return call_functional(q, k, v, extras, options)[:2]
+        return call_functional(q, k, v, extras, options, deterministic)[:2]
     if gradient_is_wanted(q, k, v):
-        return RecordedForward.apply(q, k, v, extras, options)
+        return RecordedAttention.apply(q, k, v, extras, options, deterministic)
     return dispatch.forward(q, k, v, extras, options)
 
 
-class ForwardOnly(torch.autograd.Function):
-    """The backward pass is not there yet, and says so when it is asked for."""
+def attend_packed(
+    qkv: torch.Tensor, num_heads_q: int | None, extras: OptionalTensors, options: ForwardOptions, deterministic: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` of the parts of one tensor, whose gradient is one tensor, too."""
+    if gradient_is_wanted(qkv) and not operators_are_watched(qkv):
+        return RecordedPackedAttention.apply(qkv, num_heads_q, extras, options, deterministic)
+    return attend(*split_qkv(qkv, num_heads_q), extras, options, deterministic)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError(NO_BACKWARD)
 
-
-class RecordedForward(ForwardOnly):
+class RecordedAttention(torch.autograd.Function):
     """`dispatch.forward` on tensors that require a gradient."""
 
     @staticmethod
-    def forward(ctx, q, k, v, extras, options):
-        return dispatch.forward(q, k, v, extras, options)
+    def forward(ctx, q, k, v, extras, options, deterministic):
+        options = plain_options(options)
+        out, lse = dispatch.forward(q, k, v, extras, options)
+        ctx.save_for_backward(q, k, v, out, lse, *extras[:NUM_INDEX_TENSORS])
+        ctx.options, ctx.deterministic = options, bool(deterministic)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *index_tensors = ctx.saved_tensors
+        arguments = (dout, dlse, q, k, v, out, lse, index_tensors, ctx.options, ctx.deterministic)
+        return *_gradients(*arguments, wanted=ctx.needs_input_grad[:3]), None, None, None
+
+
+class RecordedPackedAttention(torch.autograd.Function):
+    """The same on views of one tensor, whose gradient is written in place."""
+
+    @staticmethod
+    def forward(ctx, qkv, num_heads_q, extras, options, deterministic):
+        options = plain_options(options)
+        out, lse = dispatch.forward(*split_qkv(qkv, num_heads_q), extras, options)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.num_heads_q, ctx.options, ctx.deterministic = num_heads_q, options, bool(deterministic)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        qkv, out, lse = ctx.saved_tensors
+        q, k, v = split_qkv(qkv, ctx.num_heads_q)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        views = split_qkv(dqkv, ctx.num_heads_q)
+        arguments = (dout, dlse, q, k, v, out, lse, NO_INDEX_TENSORS, ctx.options, ctx.deterministic)
+        gradients = _gradients(*arguments, gradients=views)
+        if gradients is not views:
+            dqkv = torch.stack(gradients, dim=2) if qkv.dim() == 5 else torch.cat(gradients, dim=2)
+        return dqkv, None, None, None, None
+
+
+def _gradients(dout, dlse, q, k, v, out, lse, index_tensors, options, deterministic, wanted=ALL_WANTED, gradients=None):
+    """`dispatch.backward` for autograd, which gives None for a result that nobody differentiates.
+
+    Somebody may want to see an operator: a compiler, or autograd itself, which must know that gradients of gradients
+    do not exist. It ignores ``gradients`` and returns others.
+    """
+    if torch.is_grad_enabled() or operators_are_watched(dlse if dout is None else dout):
+        arguments = (q, k, v, out, lse, index_tensors, options, deterministic, wanted)
+        return call_gradients(dout, dlse, *arguments)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    arguments = (q, k, v, out, lse, index_tensors, options, deterministic, wanted, gradients)
+    return dispatch.backward(dout, dlse, *arguments)[0]

@@ -1,5 +1,6 @@
 """`from flash_attn_3.flash_attn_interface import flash_attn_func`: everything that users import, in one place."""
 
+from .backward_ops import _flash_attn_backward, _flash_attn_backward_fake
 from .dispatch import maybe_contiguous
 from .interface import (
     USE_TRITON_ROCM,
@@ -24,6 +25,8 @@ __all__ = [
     "FlashAttnQKVPackedFunc",
     "FlashAttnVarlenFunc",
     "_backward",
+    "_flash_attn_backward",
+    "_flash_attn_backward_fake",
     "_flash_attn_forward",
     "_flash_attn_forward_fake",
     "flash_attn_3_gpu",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import reject_unavailable, split_qkv
-from .autograd import ForwardOnly, attend
+from .arguments import reject_unavailable
+from .autograd import attend, attend_packed
 from .flash_attn_config import CONFIG
 
 #: There is no AMD back end; the name is read by programs that ask which one is in use.
@@ -82,7 +82,7 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
-    out, lse = attend(q, k, v, extras, options)
+    out, lse = attend(q, k, v, extras, options, deterministic)
     return (out, lse) if return_attn_probs else out
 
 
@@ -111,7 +111,7 @@ def flash_attn_qkvpacked_func(
     """
     extras = (None, None, None, None, q_descale, k_descale, v_descale)
     options = (None, None, softmax_scale, causal, window_size, attention_chunk, softcap, 1, None, sm_margin)
-    out, lse = attend(*split_qkv(qkv, num_heads_q), extras, options)
+    out, lse = attend_packed(qkv, num_heads_q, extras, options, deterministic)
     return (out, lse) if return_attn_probs else out
 
 
@@ -162,7 +162,7 @@ def flash_attn_varlen_func(
     extras = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, q_descale, k_descale, v_descale)
     lengths = (max_seqlen_q, max_seqlen_k)
     options = (*lengths, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
-    out, lse = attend(q, k, v, extras, options)
+    out, lse = attend(q, k, v, extras, options, deterministic)
     return (out, lse) if return_attn_probs else out
 
 
@@ -249,29 +249,29 @@ def round_up_headdim(head_size: int) -> int:
     return next((w for w in widths if head_size <= w and not flags[f"FLASHATTENTION_DISABLE_HDIM{w}"]), 256)
 
 
-# -- autograd functions: the same calls, with the argument order of FlashAttention-3's classes -----------------------
+# -- the same calls, with the names and the argument order of FlashAttention-3's autograd functions ------------------
 
 
-class FlashAttnFunc(ForwardOnly):
+class FlashAttnFunc(torch.autograd.Function):
     """`flash_attn_func`."""
 
-    @staticmethod
-    def forward(ctx, *args):
+    @classmethod
+    def apply(cls, *args):
         return flash_attn_func(*args)
 
 
-class FlashAttnVarlenFunc(ForwardOnly):
+class FlashAttnVarlenFunc(torch.autograd.Function):
     """`flash_attn_varlen_func`."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
+    @classmethod
+    def apply(cls, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
         return flash_attn_varlen_func(q, k, v, *lengths, *options)
 
 
-class FlashAttnQKVPackedFunc(ForwardOnly):
+class FlashAttnQKVPackedFunc(torch.autograd.Function):
     """`flash_attn_qkvpacked_func`."""
 
-    @staticmethod
-    def forward(ctx, *args):
+    @classmethod
+    def apply(cls, *args):
         return flash_attn_qkvpacked_func(*args)

@@ -1,8 +1,10 @@
-"""The operators of `torch.ops.flash_attn_3`, for torch.compile, torch.export and callers of the raw operators.
+"""The forward operators of `torch.ops.flash_attn_3`, for torch.compile, torch.export and callers of the raw operators.
 
 ``_flash_attn_forward`` is functional: it has a kernel, a fake and an autograd formula. ``fwd`` takes an ``out``
 that it may write and return, which functionalisation refuses in an operator with a kernel of its own; so ``fwd``
 is composite, and what a graph records is the functional operator (and a copy into ``out``).
+
+The backward operators are in `backward_ops`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,9 @@ import torch
 
 from . import dispatch, validation
 from .arguments import invalid, reject_unavailable, window_sides
-from .signature import ForwardOptions, OptionalTensors, forward_signature, plain_options
-
-NO_BACKWARD = (
-    "the backward pass of flash_attn_3 is not available yet: call the function under torch.no_grad(), "
-    "or detach q, k and v"
-)
+from .backward_ops import call_gradients
+from .operators import LIBRARY, Arguments
+from .signature import NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, forward_signature, plain_options
 
 _FWD_SCHEMA = """fwd(
     Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None,
@@ -41,14 +40,11 @@ _FUNCTIONAL_SCHEMA = """_flash_attn_forward(
     Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None,
     Tensor? v_descale=None, float? softmax_scale=None, bool causal=False, int window_size_left=-1,
     int window_size_right=-1, int attention_chunk=0, float softcap=0.0, bool rotary_interleaved=True,
-    Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, int sm_margin=0
+    Tensor? scheduler_metadata=None, int num_splits=1, bool? pack_gqa=None, int sm_margin=0, bool deterministic=False
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 
-_LIBRARY = torch.library.Library("flash_attn_3", "DEF")
-_LIBRARY.define(_FWD_SCHEMA)
-_LIBRARY.define(_FUNCTIONAL_SCHEMA)
-# A backward pass that can be traced, so that a graph with gradients compiles, and that raises only when it runs.
-_LIBRARY.define("_missing_backward(Tensor dout, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(_FWD_SCHEMA)
+LIBRARY.define(_FUNCTIONAL_SCHEMA)
 
 _FWD = torch.ops.flash_attn_3.fwd.default
 _FUNCTIONAL = torch.ops.flash_attn_3._flash_attn_forward.default
@@ -56,13 +52,19 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def call_functional(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: OptionalTensors, options: ForwardOptions
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extras: OptionalTensors,
+    options: ForwardOptions,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """``_flash_attn_forward`` of the arguments of `dispatch.forward`."""
+    """``_flash_attn_forward`` of the arguments of `dispatch.forward`; ``deterministic`` is for its gradients."""
     by_name = dict(zip(ForwardOptions._fields, options, strict=True))
     by_name["causal"] = bool(by_name["causal"])
     by_name["window_size_left"], by_name["window_size_right"] = window_sides(by_name.pop("window_size"))
-    return _FUNCTIONAL(q, k, v, **dict(zip(OptionalTensors._fields, extras, strict=True)), **by_name)
+    by_name |= zip(OptionalTensors._fields, extras, strict=True)
+    return _FUNCTIONAL(q, k, v, **by_name, deterministic=bool(deterministic))
 
 
 def operators_are_watched(q: torch.Tensor) -> bool:
@@ -72,10 +74,10 @@ def operators_are_watched(q: torch.Tensor) -> bool:
     return q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)
 
 
-def gradient_is_wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether autograd must record a call (what is no tensor is judged later)."""
+def gradient_is_wanted(*tensors: torch.Tensor) -> bool:
+    """Whether autograd must record a call of these tensors (what is no tensor is judged later)."""
     try:
-        return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors]
     except AttributeError:
         return False
 
@@ -84,12 +86,16 @@ def gradient_is_wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> boo
 
 
 def _positions(*names: str) -> Callable[[tuple], tuple]:
-    """Picks the arguments of these names; both forward operators have the same in the same order."""
+    """Picks the arguments of these names; both forward operators have the same in the same order.
+
+    ``deterministic``, the last one of the functional operator, is the exception: ``fwd`` does not have it.
+    """
     arguments = [argument.name for argument in _FUNCTIONAL._schema.arguments]
     return operator.itemgetter(*map(arguments.index, names))
 
 
 _OUT = _positions("out_")
+_DETERMINISTIC = _positions("deterministic")
 _EXTRAS = _positions(*OptionalTensors._fields)
 _OPTIONS = _positions(
     *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size_left", "window_size_right"),
@@ -102,13 +108,8 @@ _UNAVAILABLE = _positions(
 )
 
 
-class _Arguments:
-    """The names and defaults that one of the two operators gives its arguments."""
-
-    def __init__(self, overload: torch._ops.OpOverload):
-        arguments = overload._schema.arguments
-        self._names = tuple(argument.name for argument in arguments)
-        self._defaults = tuple(argument.default_value for argument in arguments)
+class _ForwardArguments(Arguments):
+    """The arguments of one of the two operators."""
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """The arguments of `dispatch.forward` in a call of the operator.
@@ -116,18 +117,16 @@ class _Arguments:
         Features that are not there yet raise if they are asked for. Without effect, and left out: the style of a
         rotation.
         """
-        values = args + self._defaults[len(args) :]
-        if kwargs:
-            values = tuple(kwargs.get(name, value) for name, value in zip(self._names, values, strict=True))
-        if _UNAVAILABLE(values) != _UNAVAILABLE(self._defaults):
-            reject_unavailable(**dict(zip(_UNAVAILABLE(self._names), _UNAVAILABLE(values), strict=True)))
+        values = self.values(args, kwargs)
+        if _UNAVAILABLE(values) != _UNAVAILABLE(self.defaults):
+            reject_unavailable(**dict(zip(_UNAVAILABLE(self.names), _UNAVAILABLE(values), strict=True)))
         max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, *others = _OPTIONS(values)
         options = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, (window_left, window_right), *others)
         return *values[:3], _EXTRAS(values), options, _OUT(values)
 
 
-_FWD_ARGUMENTS = _Arguments(_FWD)
-_FUNCTIONAL_ARGUMENTS = _Arguments(_FUNCTIONAL)
+_FWD_ARGUMENTS = _ForwardArguments(_FWD)
+_FUNCTIONAL_ARGUMENTS = _ForwardArguments(_FUNCTIONAL)
 
 
 def _functional_forward(*args, **kwargs):
@@ -178,31 +177,26 @@ def _fwd(*args, **kwargs):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.num_inputs = len(inputs)
+    q, k, v, extras, options, _ = _FUNCTIONAL_ARGUMENTS.bind(inputs, {})
+    out, lse, *_ = output
+    ctx.save_for_backward(q, k, v, out, lse, *extras[:NUM_INDEX_TENSORS])
+    ctx.options, ctx.deterministic = options, _DETERMINISTIC(inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, *others):
-    gradients = torch.ops.flash_attn_3._missing_backward(dout, *ctx.saved_tensors)
-    return *gradients, *(None for _ in range(ctx.num_inputs - 3))
+def _backward(ctx, dout, dlse, *accumulators):
+    q, k, v, out, lse, *index_tensors = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    arguments = (q, k, v, out, lse, index_tensors, ctx.options, ctx.deterministic, wanted)
+    return *call_gradients(dout, dlse, *arguments), *(None for _ in ctx.needs_input_grad[3:])
 
 
-def _missing_backward(dout, q, k, v):
-    raise NotImplementedError(NO_BACKWARD)
-
-
-def _missing_backward_fake(dout, q, k, v):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-_LIBRARY.impl("fwd", _fwd, "CompositeImplicitAutograd")
+LIBRARY.impl("fwd", _fwd, "CompositeImplicitAutograd")
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("_flash_attn_forward", _functional_forward, _key)
-    _LIBRARY.impl("_missing_backward", _missing_backward, _key)
-torch.library.register_fake("flash_attn_3::_flash_attn_forward", _flash_attn_forward_fake, lib=_LIBRARY)
-torch.library.register_fake("flash_attn_3::_missing_backward", _missing_backward_fake, lib=_LIBRARY)
+    LIBRARY.impl("_flash_attn_forward", _functional_forward, _key)
+torch.library.register_fake("flash_attn_3::_flash_attn_forward", _flash_attn_forward_fake, lib=LIBRARY)
 torch.library.register_autograd(
-    "flash_attn_3::_flash_attn_forward", _backward, setup_context=setup_context, lib=_LIBRARY
+    "flash_attn_3::_flash_attn_forward", _backward, setup_context=setup_context, lib=LIBRARY
 )
 
 #: The functional operator, called like a function: ``_flash_attn_forward(q, k, v, ...)``.

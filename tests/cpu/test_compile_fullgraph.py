@@ -1,80 +1,16 @@
 """torch.compile(fullgraph=True) and torch.export over the public functions and the raw operator."""
 
-import shutil
-
 import pytest
 import torch
 
+from compiled_calls import BACKENDS, CALLS, OPTIONS, call_func, qkv
 from cpu_calls import random_qkv
-from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
-
-BACKENDS = [
-    "eager",
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles CPU code with g++"),
-    ),
-]
-OPTIONS = {"softmax_scale": 0.2, "window_size": (9, 3), "softcap": 4.0, "num_splits": 0, "sm_margin": 2}
+from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-
-
-def qkv() -> list[torch.Tensor]:
-    return random_qkv((20, 30), heads=(4, 2), batch=2)
-
-
-def packed() -> list[torch.Tensor]:
-    offsets = torch.tensor([0, 7, 40], dtype=torch.int32), torch.tensor([0, 40, 60], dtype=torch.int32)
-    return [*random_qkv((20, 30), heads=(4, 2), batch=2, packed=True), *offsets]
-
-
-def call_func(q, k, v):
-    return flash_attn_func(q * 2, k, v, **OPTIONS, return_attn_probs=True)
-
-
-def call_func_out_only(q, k, v):
-    return (flash_attn_func(q, k, v, causal=True, attention_chunk=8) + 1,)
-
-
-def call_qkvpacked(qkv):
-    return flash_attn_qkvpacked_func(qkv, causal=True, window_size=[5, -1], return_attn_probs=True)
-
-
-def call_grouped(qkv):
-    return (flash_attn_qkvpacked_func(qkv, num_heads_q=4),)
-
-
-def call_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k):
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, 33, 40, causal=True, softcap=3.0, return_attn_probs=True
-    )
-
-
-def call_fwd(q, k, v):
-    out, lse, _, _ = torch.ops.flash_attn_3.fwd(q, k, v, is_causal=True, softcap=2.0)
-    return out * 2, lse
-
-
-def call_fwd_with_out(q, k, v):
-    out = torch.zeros_like(q)
-    result = torch.ops.flash_attn_3.fwd(q, k, v, out=out, window_size_left=4)
-    return out, result[0] + 1, result[1]
-
-
-CALLS = {
-    call_func: qkv,
-    call_func_out_only: qkv,
-    call_qkvpacked: lambda: [torch.randn(2, 20, 3, 2, 64, generator=torch.Generator().manual_seed(0)).half()],
-    call_grouped: lambda: [torch.randn(2, 20, 8, 64, generator=torch.Generator().manual_seed(0)).half()],
-    call_varlen: packed,
-    call_fwd: qkv,
-    call_fwd_with_out: qkv,
-}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,17 +55,6 @@ def test_one_graph_serves_many_lengths():
         arguments = (*tensors, cu_seqlens, max(lengths))
         assert torch.equal(compiled(*arguments), attention(*arguments))
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"])
-@pytest.mark.parametrize("function", [call_func_out_only, call_fwd], ids=lambda function: function.__name__)
-def test_compiled_backward_raises_only_when_it_runs(function, backend):
-    q, k, v = qkv()
-    expected = function(q, k, v)[0]
-    out = torch.compile(function, fullgraph=True, backend=backend)(q.clone().requires_grad_(), k, v)[0]
-    assert torch.equal(out, expected)
-    with pytest.raises(NotImplementedError, match="backward pass"):
-        out.sum().backward()
 
 
 def test_errors_of_a_compiled_call():
