@@ -41,10 +41,15 @@ def flash_attn_func(
     Query row i stands at key position i + sk - sq (bottom-right alignment). A row that sees no key gives out 0 and
     a log-sum-exp of -inf. CPU tensors run a slow model of the kernel; CUDA tensors need a Hopper GPU.
 
+    Gradients flow to q, k and v, from out and from lse, so results over disjoint keys may be merged by their
+    log-sum-exps and trained through; they cannot be differentiated again. So far on CPU tensors only: on CUDA devices
+    backward() raises NotImplementedError. A row or key that sees nothing has gradient 0.
+
     Args:
         q: (b, sq, h, d), float16 or bfloat16. d is a multiple of 8, at most 256.
         k: (b, sk, hk, d), dtype of q.
-        v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192.
+        v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192. Wider than
+            256, it cannot be differentiated.
         softmax_scale: finite and > 0; d ** -0.5 by default.
         causal: a row sees the keys up to its own position; the same as window_size=(left, 0).
         qv: not available yet.
@@ -54,7 +59,7 @@ def flash_attn_func(
         softcap: if > 0, a score becomes softcap * tanh(score / softcap).
         num_splits: 1, or <= 0 to leave the number to the planner. More is not available yet.
         pack_gqa: a performance hint.
-        deterministic: concerns the backward pass; the forward pass is always deterministic.
+        deterministic: gradients of equal calls are bitwise equal; out and lse always are.
         sm_margin: multiprocessors to leave to others.
         return_attn_probs: return the log-sum-exp too.
 
@@ -64,7 +69,7 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the text names it.
-        NotImplementedError: a feature is not available yet, among them the backward pass.
+        NotImplementedError: a feature is not available yet.
         UnsupportedDeviceError: the GPU is not a Hopper.
     """
     if qv is not None:
@@ -107,7 +112,8 @@ def flash_attn_qkvpacked_func(
         qkv: (b, s, 3, h, d), or (b, s, h + 2 * hk, d) with num_heads_q.
         num_heads_q: h of a 4-dimensional qkv; what it leaves are hk key heads and hk value heads.
 
-    The other arguments, the returns and the errors are those of `flash_attn_func`.
+    The other arguments, the returns and the errors are those of `flash_attn_func`. The gradient is one tensor, too,
+    whose parts are written in place.
     """
     extras = (None, None, None, None, q_descale, k_descale, v_descale)
     options = (None, None, softmax_scale, causal, window_size, attention_chunk, softcap, 1, None, sm_margin)
@@ -150,7 +156,8 @@ def flash_attn_varlen_func(
             cu_seqlens[i + 1]. Where one is None, that side is dense, shaped as in `flash_attn_func`.
         max_seqlen_q, max_seqlen_k: rows of the longest sequence, or more; read only where cu_seqlens is given.
         seqused_q, seqused_k: int32 (b,), contiguous: only so many rows of each sequence take part. Rows of out and
-            lse past seqused_q are left unwritten.
+            lse past seqused_q are left unwritten. Rows that take no part, those outside all sequences among them, have
+            gradient 0, whatever the gradient of their out is.
 
     The other arguments and the errors are those of `flash_attn_func`.
 
