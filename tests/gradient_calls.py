@@ -34,10 +34,12 @@ def backward(
     sequences: Sequences = DENSE,
     tile: tuple[int, int] | None = None,
     wanted: tuple[bool, bool, bool] = (True, True, True),
+    gradient_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Plan and run a forward and a backward pass; everything that they are to write is NaN before.
 
     tile: (block_m, block_n) in place of the planner's choice.
+    gradient_dtype: of the gradients, in place of the inputs' own.
     """
     out, lse = cpu_calls.forward(q, k, v, options, sequences)
     batch, seqlen_q = cpu_calls.batch_and_longest(q, sequences.cu_seqlens_q)
@@ -71,7 +73,8 @@ def backward(
     index_tensors = [
         None if field is None else torch.tensor(field, dtype=torch.int32) for field in dataclasses.astuple(sequences)
     ]
-    found = [torch.full_like(x, NAN) if is_wanted else None for x, is_wanted in zip((q, k, v), wanted, strict=True)]
+    tensors = zip((q, k, v), wanted, strict=True)
+    found = [torch.full_like(x, NAN, dtype=gradient_dtype) if is_wanted else None for x, is_wanted in tensors]
     statistics = torch.full(statistics_shape, NAN, dtype=lse.dtype)
     tensors = cpu_backend.BackwardTensors(dout, q, k, v, out, lse, dlse, statistics, *found, *index_tensors)
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale

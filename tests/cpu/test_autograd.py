@@ -35,6 +35,21 @@ def leaves(tensors) -> list[torch.Tensor]:
     return [x.clone().requires_grad_() for x in tensors]
 
 
+@pytest.fixture
+def addresses(monkeypatch) -> list[list[int | None]]:
+    """Where the memory of the gradients begins that `dispatch.backward` returns from now on, None for no gradient."""
+    found = []
+    backward = dispatch.backward
+
+    def watched_backward(*arguments):
+        gradients, statistics = backward(*arguments)
+        found.append([None if x is None else x.untyped_storage().data_ptr() for x in gradients])
+        return gradients, statistics
+
+    monkeypatch.setattr(dispatch, "backward", watched_backward)
+    return found
+
+
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["out", "out_and_lse"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_func(name, with_dlse):
@@ -96,20 +111,11 @@ def test_flash_attn_qkvpacked_func(num_heads_q):
     assert_gradients_close(split(dqkv), q, k, v, dout, dlse, options)
 
 
-def test_packed_gradients_are_written_in_place(monkeypatch):
+def test_packed_gradients_are_written_in_place(addresses):
     """L1: no gradient of q, k and v beside the packed one."""
-    storages = set()
-    backward = dispatch.backward
-
-    def watched_backward(*arguments):
-        gradients, statistics = backward(*arguments)
-        storages.update(gradient.untyped_storage().data_ptr() for gradient in gradients)
-        return gradients, statistics
-
-    monkeypatch.setattr(dispatch, "backward", watched_backward)
     qkv = torch.randn(2, 50, 3, 2, 64).half().requires_grad_()
     flash_attn_qkvpacked_func(qkv).sum().backward()
-    assert storages == {qkv.grad.untyped_storage().data_ptr()}
+    assert addresses == [[qkv.grad.untyped_storage().data_ptr()] * 3]
 
 
 def test_views_of_a_packed_projection():
@@ -163,13 +169,15 @@ def test_gradient_of_the_log_sum_exp_alone():
 
 
 @pytest.mark.parametrize("names", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
-def test_only_what_requires_a_gradient(names):
+def test_only_what_requires_a_gradient(names, addresses):
     tensors = dict(zip("qkv", random_qkv((40, 70), heads=(4, 2)), strict=True))
     dout, _ = random_gradients(tensors["q"], tensors["v"])
     expected = dict(zip("qkv", expected_of(*leaves(tensors.values()), dout), strict=True))
     for name in names:
         tensors[name].requires_grad_()
+    addresses.clear()
     flash_attn_func(**tensors).backward(dout)
+    assert [address is not None for address in addresses[0]] == [name in names for name in "qkv"], "computed"
     for name, tensor in tensors.items():
         assert torch.equal(tensor.grad, expected[name]) if name in names else tensor.grad is None
 

@@ -147,18 +147,21 @@ def test_large_and_small_scales():
 
 
 def test_probabilities_and_score_gradients_are_rounded_to_the_input_type():
-    """Two keys with scores 0 and s, hence probabilities 1 - p and p, and with values 0 and 1: dv is round(p)."""
+    """Two keys with scores 0 and s, hence probabilities 1 - p and p, and with values 0 and 1."""
     q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
     q[..., 0], k[0, 1, 0, 0], v[0, 1, 0, 0] = 1.0, -0.3125, 1.0
     dout = torch.zeros(1, 1, 1, 8)
     dout[..., 0] = 1.0
     q, k, v, dout = (x.bfloat16() for x in (q, k, v, dout))
-    _, dk, dv = backward(q, k, v, dout, options=AttentionOptions(softmax_scale=1.0))
+    options = AttentionOptions(softmax_scale=1.0)
+    dq, dk, dv = backward(q, k, v, dout, options=options, gradient_dtype=torch.float32)
     p = torch.tensor(-0.3125).sigmoid()
-    assert p.bfloat16() != p
+    # The first pass has rounded out = p, which the gradients of the scores start from.
+    dscore = p * (1 - p.bfloat16().float())
+    assert p.bfloat16() != p and dscore.bfloat16() != dscore
     assert dv[0, 1, 0, 0] == p.bfloat16()
-    # The first pass rounds out = p, which the gradients of the scores take from the values' part.
-    assert dk[0, 1, 0, 0] == (p * (1 - p.bfloat16().float())).bfloat16()
+    assert dk[0, 1, 0, 0] == dscore.bfloat16()
+    assert dq[0, 0, 0, 0] == -0.3125 * dscore.bfloat16().float()
 
 
 def test_scale_does_not_meet_the_rounded_gradients():
