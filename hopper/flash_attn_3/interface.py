@@ -112,8 +112,8 @@ def flash_attn_qkvpacked_func(
         qkv: (b, s, 3, h, d), or (b, s, h + 2 * hk, d) with num_heads_q.
         num_heads_q: h of a 4-dimensional qkv; what it leaves are hk key heads and hk value heads.
 
-    The other arguments, the returns and the errors are those of `flash_attn_func`. The gradient is one tensor, too,
-    whose parts are written in place.
+    The other arguments, the returns and the errors are those of `flash_attn_func`. The gradient is one tensor, too;
+    in eager mode its parts are written in place.
     """
     extras = (None, None, None, None, q_descale, k_descale, v_descale)
     options = (None, None, softmax_scale, causal, window_size, attention_chunk, softcap, 1, None, sm_margin)
@@ -259,26 +259,37 @@ def round_up_headdim(head_size: int) -> int:
 # -- the same calls, with the names and the argument order of FlashAttention-3's autograd functions ------------------
 
 
-class FlashAttnFunc(torch.autograd.Function):
-    """`flash_attn_func`."""
+class _PublicFunction(torch.autograd.Function):
+    """A public function in the shape of an autograd function.
+
+    What records a call is the public function itself. Compilers trace ``forward``, without gradients.
+    """
 
     @classmethod
     def apply(cls, *args):
+        return cls.forward(None, *args)
+
+
+class FlashAttnFunc(_PublicFunction):
+    """`flash_attn_func`."""
+
+    @staticmethod
+    def forward(ctx, *args):
         return flash_attn_func(*args)
 
 
-class FlashAttnVarlenFunc(torch.autograd.Function):
+class FlashAttnVarlenFunc(_PublicFunction):
     """`flash_attn_varlen_func`."""
 
-    @classmethod
-    def apply(cls, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, *options):
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
         return flash_attn_varlen_func(q, k, v, *lengths, *options)
 
 
-class FlashAttnQKVPackedFunc(torch.autograd.Function):
+class FlashAttnQKVPackedFunc(_PublicFunction):
     """`flash_attn_qkvpacked_func`."""
 
-    @classmethod
-    def apply(cls, *args):
+    @staticmethod
+    def forward(ctx, *args):
         return flash_attn_qkvpacked_func(*args)

@@ -129,6 +129,30 @@ def test_views_of_a_packed_projection():
     assert_gradients_close(found, q.detach(), k.detach(), v.detach(), dout, options=AttentionOptions(causal=True))
 
 
+@pytest.fixture
+def dirty_memory():
+    """torch.empty hands out memory full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window"])
+def test_dirty_memory(name, dirty_memory):
+    """N10, N12, R1, R10: scratch and gradients hold NaN before, and another batch comes in between."""
+    assert torch.empty(1).isnan()
+    tensors = [torch.cat([x, x[:30]]) for x in random_qkv((150, 150), heads=(6, 2), packed=True)]
+    dout, _ = random_gradients(tensors[0], tensors[2])
+    for lengths in ([0, 70, 80], [150, 0, 0], [1, 100, 49], [0, 0, 0]):
+        q, k, v = leaves(tensors)
+        cu_seqlens = int32(offsets(lengths))
+        options = OPTIONS[name]
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 150, 150, **keywords(options), deterministic=True)
+        out.backward(dout)
+        sequences = Sequences(offsets(lengths), offsets(lengths))
+        assert_gradients_close((q.grad, k.grad, v.grad), q, k, v, dout, options=options, sequences=sequences)
+
+
 # -- gradients of results in every guise -----------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import torch
 
 from compiled_calls import BACKENDS, CALLS, OPTIONS, call_func, qkv
 from cpu_calls import random_qkv
-from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+from flash_attn_interface import FlashAttnFunc, flash_attn_func, flash_attn_varlen_func
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,16 @@ def test_options_reach_the_kernel(name):
     compiled(*qkv())
     (node,) = (node for node in nodes if "flash_attn_3" in str(node.target))
     assert node.kwargs[name] == OPTIONS[name]
+
+
+def test_autograd_functions_of_flash_attention_3_compile():
+    """Without gradients; with them, compile the functions."""
+
+    def function(q, k, v):
+        return FlashAttnFunc.apply(q, k, v, None, True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*qkv()), function(*qkv()))
 
 
 def test_one_graph_serves_many_lengths():
