@@ -7,6 +7,7 @@ spreads over CTAs with batch and heads, come one after another here, so sums are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -59,8 +60,8 @@ def backward(
 ) -> None:
     """Gradients of attention on CPU tensors; writes statistics, dq, dk and dv in place, every element.
 
-    Rows that take no part (past seqused, outside every segment, without a visible partner) have gradient 0. What stands
-    in such rows of the other tensors is not read.
+    Rows that do not exist (past seqused, or outside every segment) have gradient 0, and what the other tensors hold
+    there is not read. Rows that exist and see nothing, or that nothing sees, have gradient 0, too.
 
     Tensors in float64 are computed in float64 throughout; nothing is rounded then.
     """
@@ -84,13 +85,8 @@ def _equally_long(plan: BackwardPlan, problem: BackwardProblem, call: BackwardTe
     lengths_q = used_lengths(batch, call.q, call.cu_seqlens_q, call.seqused_q)
     lengths_k = used_lengths(batch, call.k, call.cu_seqlens_k, call.seqused_k)
     for sequence, (len_q, len_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-
-        def of_q(x: torch.Tensor | None, sequence: int = sequence, length: int = len_q) -> torch.Tensor | None:
-            return None if x is None else sequence_rows(x, call.cu_seqlens_q, sequence, length)
-
-        def of_k(x: torch.Tensor | None, sequence: int = sequence, length: int = len_k) -> torch.Tensor | None:
-            return None if x is None else sequence_rows(x, call.cu_seqlens_k, sequence, length)
-
+        of_q = functools.partial(_rows_of, call.cu_seqlens_q, sequence, len_q)
+        of_k = functools.partial(_rows_of, call.cu_seqlens_k, sequence, len_k)
         yield BackwardTensors(
             dout=of_q(call.dout),
             q=of_q(call.q),
@@ -104,6 +100,12 @@ def _equally_long(plan: BackwardPlan, problem: BackwardProblem, call: BackwardTe
             dk=of_k(call.dk),
             dv=of_k(call.dv),
         )
+
+
+def _rows_of(
+    cu_seqlens: torch.Tensor | None, sequence: int, length: int, tensor: torch.Tensor | None
+) -> torch.Tensor | None:
+    return None if tensor is None else sequence_rows(tensor, cu_seqlens, sequence, length)
 
 
 def _statistics_of(
