@@ -22,6 +22,18 @@ MASKS = {
     "chunk": AttentionOptions(attention_chunk=96),
 }
 
+#: (lengths_q, lengths_k) of batches with sequences of length zero, on either side and anywhere.
+ZERO_LENGTHS = {
+    "start": ([0, 0, 130], [0, 7, 60]),
+    "middle_and_end": ([90, 0, 0, 3], [17, 40, 0, 0]),
+    "alternating": ([5, 0, 70, 0], [0, 33, 200, 1]),
+    "runs_of_200": ([1] + [0] * 200 + [64, 2], [3] + [0] * 100 + [1] * 100 + [0, 150]),
+    "no_queries": ([0, 0], [4, 5]),
+    "no_keys": ([4, 5], [0, 0]),
+    "nothing": ([0], [0]),
+    "decode": ([0, 1, 0, 1], [9, 180, 0, 35]),
+}
+
 
 def random_qkv(
     lengths, heads=(2, 1), head_dims=(64, 64), dtype=torch.bfloat16, batch=1, packed=False
@@ -32,6 +44,28 @@ def random_qkv(
     shapes = (batch, sq, h, d), (batch, sk, hk, d), (batch, sk, hk, dv)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [x.flatten(0, 1) for x in tensors] if packed else tensors
+
+
+def problem_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, sequences: Sequences
+) -> ForwardProblem:
+    """What the planner is asked for a call."""
+    batch, seqlen_q = batch_and_longest(q, sequences.cu_seqlens_q)
+    _, seqlen_k = batch_and_longest(k, sequences.cu_seqlens_k)
+    return ForwardProblem(
+        dtype=Dtype.FP16 if q.dtype == torch.float16 else Dtype.BF16,
+        batch=batch,
+        max_seqlen_q=seqlen_q,
+        max_seqlen_k=seqlen_k,
+        heads_q=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        mask=normalize_mask(options.causal, options.window_size, options.attention_chunk, seqlen_q, seqlen_k),
+        score=Score.SOFTCAP if options.softcap > 0 else Score.SCALED,
+        seq_layout=SeqLayout.DENSE if sequences == DENSE else SeqLayout.VARLEN,
+        num_sms=132,
+    )
 
 
 def forward(
@@ -47,22 +81,7 @@ def forward(
 
     tile: (block_m, block_n) in place of the planner's choice.
     """
-    batch, seqlen_q = batch_and_longest(q, sequences.cu_seqlens_q)
-    _, seqlen_k = batch_and_longest(k, sequences.cu_seqlens_k)
-    problem = ForwardProblem(
-        dtype=Dtype.FP16 if q.dtype == torch.float16 else Dtype.BF16,
-        batch=batch,
-        max_seqlen_q=seqlen_q,
-        max_seqlen_k=seqlen_k,
-        heads_q=q.shape[-2],
-        heads_kv=k.shape[-2],
-        head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
-        mask=normalize_mask(options.causal, options.window_size, options.attention_chunk, seqlen_q, seqlen_k),
-        score=Score.SOFTCAP if options.softcap > 0 else Score.SCALED,
-        seq_layout=SeqLayout.DENSE if sequences == DENSE else SeqLayout.VARLEN,
-        num_sms=132,
-    )
+    problem = problem_of(q, k, v, options, sequences)
     plan = plan_forward(problem)
     if tile is not None:
         config = dataclasses.replace(plan.config, block_m=tile[0], block_n=tile[1])

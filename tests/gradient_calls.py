@@ -8,8 +8,6 @@ import cpu_calls
 from flash_attn_3 import cpu_backend
 from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.backward_plan import BackwardProblem, padded_rows, plan_backward, round_up
-from flash_attn_3.config import Dtype, Score, SeqLayout
-from flash_attn_3.problem import ForwardProblem, normalize_mask
 from gradient_reference import Gradients, assert_gradients_close, gradients
 from reference import DENSE, FULL, AttentionOptions, Sequences
 
@@ -42,25 +40,8 @@ def backward(
     gradient_dtype: of the gradients, in place of the inputs' own.
     """
     out, lse = cpu_calls.forward(q, k, v, options, sequences)
-    batch, seqlen_q = cpu_calls.batch_and_longest(q, sequences.cu_seqlens_q)
-    _, seqlen_k = cpu_calls.batch_and_longest(k, sequences.cu_seqlens_k)
-    problem = BackwardProblem(
-        ForwardProblem(
-            dtype=Dtype.FP16 if q.dtype == torch.float16 else Dtype.BF16,
-            batch=batch,
-            max_seqlen_q=seqlen_q,
-            max_seqlen_k=seqlen_k,
-            heads_q=q.shape[-2],
-            heads_kv=k.shape[-2],
-            head_dim=q.shape[-1],
-            head_dim_v=v.shape[-1],
-            mask=normalize_mask(options.causal, options.window_size, options.attention_chunk, seqlen_q, seqlen_k),
-            score=Score.SOFTCAP if options.softcap > 0 else Score.SCALED,
-            seq_layout=SeqLayout.DENSE if sequences == DENSE else SeqLayout.VARLEN,
-            num_sms=132,
-        ),
-        Accumulation.UNORDERED,
-    )
+    problem = BackwardProblem(cpu_calls.problem_of(q, k, v, options, sequences), Accumulation.UNORDERED)
+    batch, seqlen_q = problem.forward.batch, problem.forward.max_seqlen_q
     plan = plan_backward(problem)
     if tile is not None:
         config = dataclasses.replace(plan.config, block_m=tile[0], block_n=tile[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .config import ConfigError, Dtype, KernelConfig, KernelEnum, Mask, Score, SeqLayout
+from .config import Dtype, KernelConfig, KernelEnum, Mask, Score, SeqLayout, head_dim_rules, head_dims_slug
 
 
 class Accumulation(KernelEnum):
@@ -44,7 +44,7 @@ class BackwardConfig(KernelConfig):
         parts = [
             self.FAMILY,
             self.dtype.slug,
-            f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}",
+            head_dims_slug(self.head_dim, self.head_dim_v),
             self.mask.slug,
             self.seq_layout.slug,
             self.score.slug,
@@ -56,11 +56,8 @@ class BackwardConfig(KernelConfig):
     def validate(self) -> None:
         """Raise `ConfigError` naming the field, its value and the rule, if this kernel cannot be built."""
         rules = [
-            (self.head_dim in (64, 96, 128, 192, 256), "head_dim", "64, 96, 128, 192 or 256"),
-            (self.head_dim_v in (64, 96, 128, 192, 256), "head_dim_v", "64, 96, 128, 192 or 256"),
+            *head_dim_rules(self.head_dim, self.head_dim_v),
             (16 <= self.block_m <= 128 and self.block_m % 16 == 0, "block_m", "a multiple of 16 in [16, 128]"),
             (16 <= self.block_n <= 128 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 128]"),
         ]
-        for holds, field, allowed in rules:
-            if not holds:
-                raise ConfigError(f"{field}={getattr(self, field)} is not supported; it must be {allowed}")
+        self.check_rules(rules)

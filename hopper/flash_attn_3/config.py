@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+from collections.abc import Iterable
 
 #: Dynamic shared memory one CTA may use on sm_90 (bytes).
 MAX_SMEM_BYTES = 232_448
@@ -22,6 +23,8 @@ CONTROL_SMEM_BYTES = 1024
 WARPGROUP_ROWS = 64
 #: Threads of a warpgroup.
 WARPGROUP_THREADS = 128
+#: Tile widths that kernels exist for, of q and k as of v; a head dim runs in the smallest that holds it.
+HEAD_DIM_TILES = (64, 96, 128, 192, 256)
 #: Registers a consumer thread needs beside its S, P and O fragments (addresses, row statistics, loop state).
 FRAGMENT_REGISTER_MARGIN = 24
 
@@ -118,9 +121,32 @@ class KernelConfig:
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def check_rules(self, rules: Iterable[tuple[bool, str, str]]) -> None:
+        """Raise `ConfigError` on the first of (whether it holds, the field, what is allowed) that does not hold."""
+        for holds, field, allowed in rules:
+            if not holds:
+                value = getattr(self, field)
+                shown = value.name if isinstance(value, enum.Enum) else value
+                raise ConfigError(f"{field}={shown} is not supported; it must be {allowed}")
+
     @staticmethod
     def _plain(value: object) -> str:
         return value.name if isinstance(value, enum.Enum) else repr(value)
+
+
+def head_dim_rules(head_dim: int, head_dim_v: int) -> list[tuple[bool, str, str]]:
+    """The rules of all kernels for their tile widths, for `KernelConfig.check_rules`."""
+    *most, last = HEAD_DIM_TILES
+    allowed = f"{', '.join(map(str, most))} or {last}"
+    return [
+        (head_dim in HEAD_DIM_TILES, "head_dim", allowed),
+        (head_dim_v in HEAD_DIM_TILES, "head_dim_v", allowed),
+    ]
+
+
+def head_dims_slug(head_dim: int, head_dim_v: int) -> str:
+    """The tile widths as kernel names have them: d128, or d192x128."""
+    return f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +225,7 @@ class ForwardConfig(KernelConfig):
         parts = [
             self.FAMILY,
             self.dtype.slug,
-            f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}",
+            head_dims_slug(self.head_dim, self.head_dim_v),
             self.mask.slug,
             self.seq_layout.slug,
             self.score.slug,
@@ -213,8 +239,7 @@ class ForwardConfig(KernelConfig):
     def validate(self) -> None:
         """Raise `ConfigError` naming the field, its value and the rule, if this kernel cannot be built."""
         rules = [
-            (self.head_dim in (64, 96, 128, 192, 256), "head_dim", "64, 96, 128, 192 or 256"),
-            (self.head_dim_v in (64, 96, 128, 192, 256), "head_dim_v", "64, 96, 128, 192 or 256"),
+            *head_dim_rules(self.head_dim, self.head_dim_v),
             (self.block_m in (64, 128, 192, 256), "block_m", "64, 128, 192 or 256 (one to four consumer warpgroups)"),
             (16 <= self.block_n <= 256 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 256]"),
             (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),
@@ -229,11 +254,7 @@ class ForwardConfig(KernelConfig):
                 "OWN when head_dim_v exceeds head_dim: the output tile does not fit in q's memory",
             ),
         ]
-        for holds, field, allowed in rules:
-            if not holds:
-                value = getattr(self, field)
-                shown = value.name if isinstance(value, enum.Enum) else value
-                raise ConfigError(f"{field}={shown} is not supported; it must be {allowed}")
+        self.check_rules(rules)
         if self.smem_bytes > MAX_SMEM_BYTES:
             raise ConfigError(
                 f"shared memory: {self.smem_bytes} bytes required by {self.name}, {MAX_SMEM_BYTES} supported; "

@@ -61,15 +61,7 @@ def forward(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, q_descale, k_descale, v_descale = extras
     try:
         key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            q.device,
-            None if cu_seqlens_q is None else cu_seqlens_q.shape,
-            cu_seqlens_k is None,
-            seqused_q is None,
-            seqused_k is None,
+            *_tensor_key(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             q_descale is None and k_descale is None and v_descale is None,
             options,
         )
@@ -129,15 +121,7 @@ def backward(
     arguments = (dout, dlse, q, k, v, out, lse, index_tensors, options, deterministic, gradients)
     try:
         key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            q.device,
-            None if cu_seqlens_q is None else cu_seqlens_q.shape,
-            cu_seqlens_k is None,
-            seqused_q is None,
-            seqused_k is None,
+            *_tensor_key(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
             wanted,
             deterministic,
             options,
@@ -167,6 +151,29 @@ def backward(
         check_backward(backward_signature(*arguments))
         raise
     return gradients, statistics
+
+
+def _tensor_key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+) -> tuple:
+    """What launches, forward and backward, depend on among the tensors of the forward call."""
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        q.device,
+        None if cu_seqlens_q is None else cu_seqlens_q.shape,
+        cu_seqlens_k is None,
+        seqused_q is None,
+        seqused_k is None,
+    )
 
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

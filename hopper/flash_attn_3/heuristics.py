@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .config import ForwardConfig, SeqLayout
+from .config import HEAD_DIM_TILES, ForwardConfig, SeqLayout
 from .problem import ForwardProblem
 from .tile_table import HEAD_DIM_PAIRS, TileChoice, TileKey, forward_tiles
 
-#: Tile widths kernels exist for; a head dim runs in the smallest that holds it.
-HEAD_DIM_TILES = tuple(dict.fromkeys(head_dim for head_dim, _ in HEAD_DIM_PAIRS))
 #: Widest value tile; wider values (up to 512) run as several column passes.
 MAX_VALUE_TILE = 256
 #: Tiles of one launch; the kernels number them in 32 bits and count a few beyond the last.

@@ -10,6 +10,7 @@ import torch
 
 from .arguments import reject_unavailable
 from .autograd import attend, attend_packed
+from .config import HEAD_DIM_TILES
 from .flash_attn_config import CONFIG
 
 #: There is no AMD back end; the name is read by programs that ask which one is in use.
@@ -252,8 +253,7 @@ def round_multiple(x: int, m: int) -> int:
 def round_up_headdim(head_size: int) -> int:
     """The tile width that a head dim runs in: the next of 64, 96, 128, 192 that this build has, else 256."""
     flags = CONFIG["build_flags"]
-    widths = (64, 96, 128, 192, 256)
-    return next((w for w in widths if head_size <= w and not flags[f"FLASHATTENTION_DISABLE_HDIM{w}"]), 256)
+    return next((w for w in HEAD_DIM_TILES if head_size <= w and not flags[f"FLASHATTENTION_DISABLE_HDIM{w}"]), 256)
 
 
 # -- the same calls, with the names and the argument order of FlashAttention-3's autograd functions ------------------

@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .config import Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
-from .heuristics import HEAD_DIM_TILES, forward_configs, head_dim_tiles
+from .config import HEAD_DIM_TILES, Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
+from .heuristics import forward_configs, head_dim_tiles
 from .problem import ForwardProblem, MaskSpec
 
 #: Widest value head dim of the interface.

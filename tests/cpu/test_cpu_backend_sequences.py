@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpu_calls import MASKS, check, forward, offsets, random_qkv
+from cpu_calls import MASKS, ZERO_LENGTHS, check, forward, offsets, random_qkv
 from reference import FULL, AttentionOptions, Sequences, assert_attention_close, visible_pairs
 
 NAN, INF = float("nan"), float("inf")
@@ -91,20 +91,7 @@ def test_nan_in_a_used_row_reaches_its_readers_only():
     assert torch.isnan(out).sum() == 64 and torch.isnan(lse).sum() == 1
 
 
-@pytest.mark.parametrize(
-    ("lengths_q", "lengths_k"),
-    [
-        ([0, 0, 130], [0, 7, 60]),
-        ([90, 0, 0, 3], [17, 40, 0, 0]),
-        ([5, 0, 70, 0], [0, 33, 200, 1]),
-        ([1] + [0] * 200 + [64, 2], [3] + [0] * 100 + [1] * 100 + [0, 150]),
-        ([0, 0], [4, 5]),
-        ([4, 5], [0, 0]),
-        ([0], [0]),
-        ([0, 1, 0, 1], [9, 180, 0, 35]),
-    ],
-    ids=["start", "middle_and_end", "alternating", "runs_of_200", "no_queries", "no_keys", "nothing", "decode"],
-)
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), ZERO_LENGTHS.values(), ids=ZERO_LENGTHS)
 @pytest.mark.parametrize("mask", ["full", "causal", "chunk"])
 def test_zero_length_sequences(mask, lengths_q, lengths_k):
     """N5, N6, N7, N8, N9: zero lengths anywhere, on either side, with GQA; out and lse start as NaN."""
