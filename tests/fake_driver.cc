@@ -2,6 +2,7 @@
 // fails where it is told to. Contexts, kernels and streams are plain numbers.
 #include <cuda.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -60,12 +61,14 @@ std::string params_fields(const fa::ForwardParams& p) {
   std::ostringstream text;
   auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   text << field("q", map_number(p.q)) << ", " << field("k", map_number(p.k)) << ", " << field("v", map_number(p.v))
-       << ", " << field("o", map_number(p.o)) << ", " << field("lse", address(p.lse)) << ", "
+       << ", " << field("o", map_number(p.o)) << ", " << field("out", address(p.out)) << ", "
+       << list("out_strides", std::array{p.out_batch_stride, p.out_row_stride, p.out_head_stride}.data(), 3) << ", "
+       << field("promoted_out", address(p.promoted_out)) << ", " << field("lse", address(p.lse)) << ", "
        << field("lse_batch_stride", p.lse_batch_stride) << ", " << field("lse_head_stride", p.lse_head_stride) << ", "
        << field("tile_counter", address(p.tile_counter)) << ", " << field("cu_seqlens_q", address(p.cu_seqlens_q))
        << ", " << field("cu_seqlens_k", address(p.cu_seqlens_k)) << ", " << field("seqused_q", address(p.seqused_q))
        << ", " << field("seqused_k", address(p.seqused_k)) << ", " << field("batch", p.batch) << ", "
-       << field("heads_q", p.heads_q) << ", " << field("heads_kv", p.heads_kv) << ", " << field("seqlen_q", p.seqlen_q)
+       << field("heads_q", p.heads_q) << ", " << field("heads_kv", p.heads_kv) << ", " << field("head_dim_v", p.head_dim_v) << ", " << field("seqlen_q", p.seqlen_q)
        << ", " << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
        << field("row_bound_k", p.row_bound_k) << ", " << field("num_value_passes", p.num_value_passes) << ", "
        << field("heads_per_section", p.heads_per_section) << ", " << field("score_scale", p.score_scale) << ", "

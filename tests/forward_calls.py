@@ -11,7 +11,7 @@ from fake_cuda import CUDA, FP32, INT32
 from flash_attn_3 import runtime
 
 Q_ADDRESS, K_ADDRESS, V_ADDRESS, OUT_ADDRESS = (0x7F00_0000_0000 + (i << 32) for i in range(4))
-TENSORS = ("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+TENSORS = ("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "promoted_out")
 LSE_ADDRESS, INDEX_ADDRESS = 0x7F10_0000_0004, 0x7F20_0000_0004
 
 
@@ -38,6 +38,7 @@ def dense_call(device: int = 0, **changes: Any) -> dict[str, Any]:
         "cu_seqlens_k": None,
         "seqused_q": None,
         "seqused_k": None,
+        "promoted_out": None,
         "max_seqlen_q": 5,
         "max_seqlen_k": 7,
         "num_ctas": 4 if "handle" in changes else 0,

@@ -10,7 +10,10 @@
 
 namespace fa {
 
-constexpr int kParamsVersion = 2;
+constexpr int kParamsVersion = 3;
+
+// Keys after which a tile adds its output to `promoted_out` (fwd/promotion.cuh says why).
+constexpr int kPromotionKeys = 1 << 18;
 
 // Hands out a launch's tiles. Both members are 0 when a launch starts, and the launch leaves them so.
 struct TileCounter {
@@ -34,9 +37,20 @@ struct alignas(128) ForwardParams {
   CUtensorMap v;  // box {swizzle width, 1, block_n rows, 1, 1}
   CUtensorMap o;  // box {swizzle width, 1, 64 rows, 1, 1}
 
+  // Output row `row` of a head: out + batch * out_batch_stride + row * out_row_stride + head * out_head_stride.
+  // Elements of 16 bits; addresses and strides are multiples of 16 bytes. For kernels that do not store through `o`.
+  void* out;
+  int64_t out_batch_stride;  // 0 with cu_seqlens_q
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+
   float* lse;                // fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with cu_seqlens_q
   int64_t lse_batch_stride;  // elements; 0 with cu_seqlens_q
   int64_t lse_head_stride;   // elements
+
+  // fp32 (num_ctas, the kernel's kPromotedFloats), contents undefined; null where no sequence has more than
+  // kPromotionKeys keys.
+  float* promoted_out;
 
   TileCounter* tile_counter;  // of this launch alone while it runs
 
@@ -48,6 +62,7 @@ struct alignas(128) ForwardParams {
   int32_t batch;
   int32_t heads_q;
   int32_t heads_kv;
+  int32_t head_dim_v;         // columns of v and out, over all value passes
   int32_t seqlen_q;           // rows of a dense q; max_seqlen_q with cu_seqlens_q
   int32_t seqlen_k;           // rows of a dense k; max_seqlen_k with cu_seqlens_k
   int32_t row_bound_q;        // size of the row dimension of the q and o maps
@@ -66,6 +81,6 @@ struct alignas(128) ForwardParams {
 };
 
 static_assert(sizeof(CUtensorMap) == 128, "a tensor map is 128 opaque bytes");
-static_assert(sizeof(ForwardParams) == 4 * 128 + 128, "the kernel and the runtime must agree on this layout");
+static_assert(sizeof(ForwardParams) == 4 * 128 + 256, "the kernel and the runtime must agree on this layout");
 
 }  // namespace fa

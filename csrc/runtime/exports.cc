@@ -31,12 +31,13 @@ TensorMapBox make_box(const char* columns_name, int64_t columns, const char* row
 }
 
 int64_t load_kernel(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
-                    int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t cluster_size,
-                    bool programmatic_launch) {
+                    int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t promoted_floats,
+                    int64_t cluster_size, bool programmatic_launch) {
   KernelTraits traits;
   traits.symbol = symbol;
   traits.num_threads = static_cast<uint32_t>(checked_int32("num_threads", num_threads, 1));
   traits.smem_bytes = static_cast<uint32_t>(checked_int32("smem_bytes", smem_bytes, 0));
+  traits.promoted_floats = checked_int32("promoted_floats", promoted_floats, 0);
   traits.cluster_size = static_cast<uint32_t>(checked_int32("cluster_size", cluster_size, 1));
   traits.programmatic_launch = programmatic_launch;
   traits.q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
@@ -54,8 +55,8 @@ Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seql
                                     score_scale, exp2_scale, window_left, window_right, attention_chunk});
   auto launch = [launcher](TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
-                           OptionalTensor seqused_k) {
-    launcher({q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k});
+                           OptionalTensor seqused_k, OptionalTensor promoted_out) {
+    launcher({q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out});
   };
   return Function::FromTyped(launch, "forward");
 }

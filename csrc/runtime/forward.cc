@@ -20,6 +20,13 @@ void fill_lse(ForwardParams& params, const TensorView& lse) {
   params.lse_head_stride = lse.stride(-2);
 }
 
+void fill_out(ForwardParams& params, const RowTensor& out) {
+  params.out = reinterpret_cast<void*>(out.address);
+  params.out_batch_stride = out.batch > 1 ? out.batch_stride : 0;
+  params.out_row_stride = out.rows > 1 ? out.row_stride : 0;
+  params.out_head_stride = out.heads > 1 ? out.head_stride : 0;
+}
+
 void fill_index_tensors(ForwardParams& params, const ForwardTensors& tensors) {
   params.cu_seqlens_q = index_pointer(tensors.cu_seqlens_q);
   params.cu_seqlens_k = index_pointer(tensors.cu_seqlens_k);
@@ -32,6 +39,7 @@ void fill_sizes(ForwardParams& params, const CheckedTensors& checked) {
   params.batch = checked_int32("batch", checked.batch, 0);
   params.heads_q = checked_int32("heads of q", checked.q.heads, 0);
   params.heads_kv = checked_int32("heads of k", checked.k.heads, 0);
+  params.head_dim_v = checked_int32("columns of v", checked.v.columns, 1);
   params.row_bound_q = checked_int32("rows of q", checked.q.rows, 0);
   params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
   if (params.cu_seqlens_q == nullptr) params.seqlen_q = params.row_bound_q;
@@ -72,13 +80,23 @@ ForwardLauncher::ForwardLauncher(int64_t handle, const ForwardOptions& options)
       << "num_ctas is " << num_ctas_ << "; required is a multiple of the cluster size, " << cluster_size;
 }
 
+float* ForwardLauncher::promoted_out(const OptionalTensor& tensor) const {
+  if (!tensor.has_value()) return nullptr;
+  int64_t needed = int64_t{num_ctas_} * kernel_->traits().promoted_floats;
+  FA_CHECK(tensor.value().numel() >= needed, ValueError)
+      << "promoted_out has " << tensor.value().numel() << " elements; required are at least " << needed;
+  return reinterpret_cast<float*>(data_address(tensor.value()));
+}
+
 void ForwardLauncher::operator()(const ForwardTensors& tensors) const {
   CheckedTensors checked = check_forward_tensors(tensors);
   ForwardParams params = params_;
   fill_lse(params, tensors.lse);
+  fill_out(params, checked.out);
   fill_index_tensors(params, tensors);
   fill_sizes(params, checked);
   if (kernel_ == nullptr || checked.out.empty() || checked.batch == 0) return;
+  params.promoted_out = promoted_out(tensors.promoted_out);
 
   int ordinal = tensors.q.device().device_id;
   encode_maps(params, checked, kernel_->traits());

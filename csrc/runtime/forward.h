@@ -25,6 +25,7 @@ struct ForwardTensors {
   OptionalTensor cu_seqlens_k;  // int32 (batch + 1): k and v are packed
   OptionalTensor seqused_q;     // int32 (batch)
   OptionalTensor seqused_k;     // int32 (batch)
+  OptionalTensor promoted_out;  // fp32, contiguous: scratch, wanted where a sequence has more than kPromotionKeys keys
 };
 
 // What a launch is told beside its tensors; the meaning is that of the same names in ForwardParams.
@@ -65,6 +66,8 @@ class ForwardLauncher {
   void operator()(const ForwardTensors& tensors) const;
 
  private:
+  float* promoted_out(const OptionalTensor& tensor) const;
+
   const Kernel* kernel_ = nullptr;  // null: nothing is launched
   uint32_t num_ctas_;
   ForwardParams params_{};  // the options; a call adds its tensors to a copy

@@ -58,6 +58,14 @@ void check_lse(const ForwardTensors& tensors) {
       << " in its last dimension; required is 1 (a contiguous last dimension)";
 }
 
+void check_promoted_out(const OptionalTensor& tensor, DLDevice device) {
+  if (!tensor.has_value()) return;
+  check_device("promoted_out", tensor.value(), device);
+  check_dtype("promoted_out", tensor.value(), kFloat32);
+  FA_CHECK(tensor.value().IsContiguous(), ValueError)
+      << "promoted_out is not contiguous; required is a contiguous tensor";
+}
+
 void check_index_tensors(const ForwardTensors& tensors, int64_t batch, DLDevice device) {
   auto check = [&](const char* name, const OptionalTensor& tensor, int64_t size, const char* meaning) {
     if (tensor.has_value()) check_index_vector(name, tensor.value(), size, meaning, device);
@@ -93,6 +101,7 @@ CheckedTensors check_forward_tensors(const ForwardTensors& tensors) {
   check_no_stride_0(checked.out);
   check_lse(tensors);
   check_index_tensors(tensors, checked.batch, device);
+  check_promoted_out(tensors.promoted_out, device);
   return checked;
 }
 

@@ -15,8 +15,9 @@ namespace fa {
 // What is fixed when a kernel is compiled.
 struct KernelTraits {
   std::string symbol;
-  uint32_t num_threads;  // of a CTA
-  uint32_t smem_bytes;   // dynamic shared memory of a CTA
+  uint32_t num_threads;     // of a CTA
+  uint32_t smem_bytes;      // dynamic shared memory of a CTA
+  int32_t promoted_floats;  // of ForwardParams::promoted_out, for each CTA
   uint32_t cluster_size;
   bool programmatic_launch;  // may start before the kernel ahead of it in the stream has ended
   TensorMapBox q_box;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from .config import Dtype, ForwardConfig, KernelConfig, KernelEnum
+from .config import PROMOTION_KEYS, Dtype, ForwardConfig, KernelConfig, KernelEnum
 
 #: Columns (N) of the wgmma shapes that CUTLASS declares without its extended header, which is slow to parse.
 _COMMON_MMA_N = frozenset({8, 16, 32, 64, 96, 128, 192, 256})
@@ -24,6 +24,7 @@ _FORWARD_DERIVED = (
     "consumer_registers",
     "swizzle_bytes",
     "swizzle_bytes_v",
+    "promoted_floats",
 )
 
 _MMA_OPERANDS = {Dtype.BF16: "BF16BF16", Dtype.FP16: "F16F16"}
@@ -50,6 +51,8 @@ def _render_forward(config: ForwardConfig) -> str:
         "namespace {",
         "struct Traits {\n" + textwrap.indent("\n".join(traits), "  ") + "\n};",
         "\n".join(_static_asserts(config, "fa::ForwardShape<Traits>", _FORWARD_DERIVED)),
+        f"static_assert(fa::kPromotionKeys == {PROMOTION_KEYS},\n"
+        '              "PROMOTION_KEYS: the Python configuration and the kernel headers disagree");',
         "}  // namespace",
         f'extern "C" __global__ void __launch_bounds__({config.num_threads}, 1)\n'
         f"    {config.name}(const __grid_constant__ fa::ForwardParams params) {{\n"

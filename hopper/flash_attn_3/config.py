@@ -25,6 +25,8 @@ WARPGROUP_ROWS = 64
 WARPGROUP_THREADS = 128
 #: Tile widths that kernels exist for, of q and k as of v; a head dim runs in the smallest that holds it.
 HEAD_DIM_TILES = (64, 96, 128, 192, 256)
+#: Keys after which a kernel moves its output to a second level of accumulation (csrc/kernels/fwd/promotion.cuh).
+PROMOTION_KEYS = 2**18
 #: Registers a consumer thread needs beside its S, P and O fragments (addresses, row statistics, loop state).
 FRAGMENT_REGISTER_MARGIN = 24
 
@@ -103,10 +105,15 @@ class Rescale(KernelEnum):
 
 
 class OutputBuffer(KernelEnum):
-    """Where the output tile is staged for its TMA store: in shared memory of its OWN, or WITH_Q in q's."""
+    """Where the output tile is staged for its TMA store: in shared memory of its OWN, or WITH_Q in q's.
+
+    NONE: it goes straight from registers to memory, for tiles that leave no room. With OWN and NONE a tile's last
+    product overlaps with the next tile's first.
+    """
 
     OWN = "kOwn"
     WITH_Q = "kWithQ"
+    NONE = "kNone"
 
 
 class KernelConfig:
@@ -172,6 +179,7 @@ class ForwardConfig(KernelConfig):
     schedule: Schedule = Schedule.PING_PONG
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
+    num_q_stages: int = 2
 
     # -- derived; the C++ twins are in csrc/kernels/core/traits.cuh ------------------------------------
 
@@ -208,11 +216,17 @@ class ForwardConfig(KernelConfig):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: q, k and v stages, the output tile, control words."""
-        elements = self.block_m * self.head_dim
+        elements = self.num_q_stages * self.block_m * self.head_dim
         elements += self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
         if self.output_buffer is OutputBuffer.OWN:
             elements += self.block_m * self.head_dim_v
         return elements * self.dtype.num_bytes + CONTROL_SMEM_BYTES
+
+    @property
+    def promoted_floats(self) -> int:
+        """Floats of scratch that a CTA needs for sequences of more than PROMOTION_KEYS keys: the output tile, and two
+        rows' softmax references for each consumer thread."""
+        return self.block_m * self.head_dim_v + 2 * WARPGROUP_THREADS * self.num_consumer_warpgroups
 
     @property
     def fragment_registers(self) -> int:
@@ -233,6 +247,7 @@ class ForwardConfig(KernelConfig):
             self.schedule.slug,
             self.rescale.slug,
             f"o_{self.output_buffer.slug}",
+            f"q{self.num_q_stages}",
         ]
         return "_".join(parts)
 
@@ -252,6 +267,12 @@ class ForwardConfig(KernelConfig):
                 self.output_buffer is not OutputBuffer.WITH_Q or self.head_dim_v <= self.head_dim,
                 "output_buffer",
                 "OWN when head_dim_v exceeds head_dim: the output tile does not fit in q's memory",
+            ),
+            (self.num_q_stages in (1, 2), "num_q_stages", "1 or 2"),
+            (
+                self.num_q_stages == 1 or self.output_buffer is not OutputBuffer.WITH_Q,
+                "num_q_stages",
+                "1 when output_buffer is WITH_Q: no second q is loaded before the output is stored",
             ),
         ]
         self.check_rules(rules)

@@ -77,7 +77,8 @@ def forward(
             q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
         if out is None:
             out = launch.new_out()
-        launch.run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        promoted_out = None if launch.new_promoted_out is None else launch.new_promoted_out()
+        launch.run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out)
     except (AttributeError, TypeError, ValueError):
         # A rule that is broken is told in the rule's words, whoever noticed.
         validation.check_forward(forward_signature(q, k, v, extras, options, out))

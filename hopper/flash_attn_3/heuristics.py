@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .config import HEAD_DIM_TILES, ForwardConfig, SeqLayout
+from .config import HEAD_DIM_TILES, PROMOTION_KEYS, ForwardConfig, SeqLayout
 from .problem import ForwardProblem
 from .tile_table import HEAD_DIM_PAIRS, TileChoice, TileKey, forward_tiles
 
@@ -25,12 +25,14 @@ class ForwardPlan:
         num_value_passes: column passes over values wider than the value tile.
         heads_per_section: how many (batch, head) pairs are worked on together, so that their keys and
             values stay in the L2 cache while the query blocks sweep over them.
+        promoted_floats: fp32 elements of scratch that the launch needs; 0 but for very long sequences.
     """
 
     config: ForwardConfig
     num_ctas: int
     num_value_passes: int
     heads_per_section: int
+    promoted_floats: int
 
 
 def head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
@@ -92,11 +94,13 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
             f"the problem has {num_tiles} tiles of {config.block_m} query rows (batch={problem.batch}, "
             f"heads_q={problem.heads_q}, max_seqlen_q={problem.max_seqlen_q}); at most {MAX_TILES} are supported"
         )
+    num_ctas = min(problem.num_sms, num_tiles)
     return ForwardPlan(
         config=config,
-        num_ctas=min(problem.num_sms, num_tiles),
+        num_ctas=num_ctas,
         num_value_passes=num_value_passes,
         heads_per_section=_heads_per_section(problem, num_value_passes, choice.l2_kv_bytes),
+        promoted_floats=num_ctas * config.promoted_floats if problem.max_seqlen_k > PROMOTION_KEYS else 0,
     )
 
 

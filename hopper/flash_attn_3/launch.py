@@ -33,12 +33,15 @@ class ForwardLaunch:
 
     Attributes:
         new_out, new_lse: allocate, uninitialised and contiguous.
-        run: ``run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)`` writes out and lse.
+        new_promoted_out: the same for the kernel's scratch; None where it needs none.
+        run: ``run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out)`` writes out and
+            lse.
         checks_tensors: whether ``run`` raises TypeError or ValueError for tensors of another signature.
     """
 
     new_out: Callable[[], torch.Tensor]
     new_lse: Callable[[], torch.Tensor]
+    new_promoted_out: Callable[[], torch.Tensor] | None
     run: Callable[..., None]
     checks_tensors: bool
 
@@ -58,9 +61,16 @@ def prepare_forward(call: ForwardSignature) -> ForwardLaunch:
     return ForwardLaunch(
         functools.partial(torch.empty, *call.out_shape, dtype=call.q.dtype, device=call.q.device),
         functools.partial(torch.empty, *call.lse_shape, dtype=torch.float32, device=call.q.device),
+        _new_promoted_out(plan, call.q.device),
         run,
         checks_tensors,
     )
+
+
+def _new_promoted_out(plan: ForwardPlan, device: torch.device) -> Callable[[], torch.Tensor] | None:
+    if plan.promoted_floats == 0 or device.type == "cpu":
+        return None
+    return functools.partial(torch.empty, plan.promoted_floats, dtype=torch.float32, device=device)
 
 
 def forward_problem(call: ForwardSignature, num_sms: int) -> ForwardProblem:
@@ -110,7 +120,7 @@ def _cpu_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardP
 
     scales = (call.scale, float(call.softcap))
 
-    def run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k) -> None:
+    def run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out) -> None:
         # The runtime checks this for CUDA tensors.
         validation.check_index_strides(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k

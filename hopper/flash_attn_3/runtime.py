@@ -88,6 +88,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
         config.swizzle_bytes_v // config.dtype.num_bytes,
         WARPGROUP_ROWS,
         config.block_n,
+        config.promoted_floats,
         _CLUSTER_SIZE,
         _PROGRAMMATIC_LAUNCH,
     )
@@ -109,7 +110,7 @@ def forward_launcher(
 ) -> Callable[..., None]:
     """A forward pass but for its tensors.
 
-    Returns ``launch(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)``.
+    Returns ``launch(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out)``.
 
     Each call of ``launch`` enqueues one pass on the current stream of the tensors' device and writes ``out`` and
     ``lse``. It does not wait for the GPU, may be captured into a CUDA graph, and may be called by several threads at
@@ -133,6 +134,7 @@ def forward_launcher(
         lse: fp32 (batch, heads_q, seqlen_q), or (heads_q, total_q) with ``cu_seqlens_q``.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1) or None.
         seqused_q, seqused_k: int32 (batch) or None.
+        promoted_out: fp32 scratch of `heuristics.ForwardPlan.promoted_floats` elements, or None where that is 0.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; ``launch`` raises before it has launched anything. All

@@ -38,6 +38,7 @@ class ForwardTile:
     schedule: Schedule = Schedule.PING_PONG
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
+    num_q_stages: int = 2
 
     @classmethod
     def of(cls, config: ForwardConfig) -> ForwardTile:

@@ -13,7 +13,7 @@ import pytest
 
 from flash_attn_3 import compiler, toolchain
 from flash_attn_3.cache import CompiledKernel
-from flash_attn_3.config import Dtype, ForwardConfig, Mask, Score, SeqLayout
+from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Score, SeqLayout
 from flash_attn_3.errors import CompilerNotFoundError
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -62,11 +62,31 @@ def compile_kernel(tmp_path_factory):
     return functools.lru_cache(lambda config: compiler.compile_one(config, folder, announce=False))
 
 
-def disassemble(kernel: CompiledKernel) -> collections.Counter[str]:
-    """How often each SASS instruction occurs, without its modifiers."""
+def disassemble(kernel: CompiledKernel) -> list[str]:
+    """The SASS instructions in order, and between them the labels, as "LABEL:"."""
     sass = subprocess.run([_nvdisasm(), "-c", kernel.cubin], capture_output=True, text=True, check=True).stdout
-    opcode = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)", re.MULTILINE)
-    return collections.Counter(opcode.findall(sass))
+    line = re.compile(r"^(?:\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z].*?)\s*;|(\.L\w+:))", re.MULTILINE)
+    return [instruction or label for instruction, label in line.findall(sass)]
+
+
+def opcodes(lines: list[str]) -> collections.Counter[str]:
+    """How often each instruction occurs, without its modifiers."""
+    return collections.Counter(re.split(r"[. ]", line)[0] for line in lines if not line.endswith(":"))
+
+
+def innermost_loops(lines: list[str]) -> list[list[str]]:
+    """The bodies of loops that hold no loop: from a label to a branch back to it."""
+    places = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
+    spans = []
+    for index, line in enumerate(lines):
+        target = re.search(r"(\.L\w+)", line)
+        if line.startswith("BRA") and target and places.get(target[1], index) < index:
+            spans.append((places[target[1]], index))
+    return [
+        lines[begin : end + 1]
+        for begin, end in spans
+        if not any(begin <= other[0] and other[1] <= end for other in spans if other != (begin, end))
+    ]
 
 
 def _nvdisasm() -> str:
@@ -91,14 +111,25 @@ class TestRepresentativeKernels:
         assert kernel.meta["registers"] == 65536 // kernel.num_threads // 8 * 8
 
     def test_uses_hoppers_instructions(self, compile_kernel, config):
-        instructions = disassemble(compile_kernel(config))
+        instructions = opcodes(disassemble(compile_kernel(config)))
         # The least there can be: one chain of products for S = Q K^T and one for O += P V, 16 deep each step.
         assert instructions["HGMMA"] >= config.head_dim // 16 + config.block_n // 16
         assert instructions["UTMALDG"] >= 3  # q, k, v
-        assert instructions["UTMASTG"] >= 1  # out
+        assert (instructions["UTMASTG"] >= 1) == (config.output_buffer is not OutputBuffer.NONE)  # out
         assert instructions["USETMAXREG"] >= 2  # producer and consumers
         assert instructions["HMMA"] == 0  # the tensor-core instruction of older GPUs
         assert instructions["LDL"] == instructions["STL"] == 0  # local memory
+
+    def test_softmax_runs_beside_the_product(self, compile_kernel, config):
+        # The exponentials of a step come before its wait for PV: the compiler likes to move that wait up.
+        steps = [loop for loop in innermost_loops(disassemble(compile_kernel(config))) if opcodes(loop)["HGMMA"] > 0]
+        assert len(steps) >= 1 + (config.mask is not Mask.FULL) + (config.mask is Mask.LOCAL)
+        for step in steps:
+            waits = [index for index, line in enumerate(step) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0")]
+            exponentials = [index for index, line in enumerate(step) if line.startswith("MUFU.EX2")]
+            assert len(waits) == 1
+            assert len(exponentials) >= config.block_n // 2
+            assert max(exponentials) < waits[0]
 
     def test_costs_are_recorded(self, compile_kernel, config, record_property):
         meta = compile_kernel(config).meta

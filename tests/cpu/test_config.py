@@ -37,6 +37,7 @@ ANY_CONFIG = st.builds(
     num_stages=st.integers(2, 8),
     schedule=st.sampled_from(Schedule),
     output_buffer=st.sampled_from(OutputBuffer),
+    num_q_stages=st.integers(1, 2),
 )
 
 
@@ -57,7 +58,8 @@ def test_key_is_the_same_in_every_process():
     # Literal: a key that depends on hash randomisation or on the order of a set would differ between ranks.
     text = (
         "fwd;dtype=BF16;head_dim=128;head_dim_v=128;mask=CAUSAL;seq_layout=DENSE;score=SCALED;"
-        "block_m=128;block_n=128;num_stages=2;schedule=PING_PONG;rescale=EAGER;output_buffer=OWN"
+        "block_m=128;block_n=128;num_stages=2;schedule=PING_PONG;rescale=EAGER;output_buffer=OWN;"
+        "num_q_stages=2"
     )
     assert CONFIG.key() == hashlib.sha256(text.encode()).hexdigest()
 

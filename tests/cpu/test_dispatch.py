@@ -35,7 +35,7 @@ class FakeHopper:
     error: Exception | None = None
 
     def forward_launcher(self, handle: int, **options: Any):
-        names = ("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+        names = ("q", "k", "v", "out", "lse", *OptionalTensors._fields[:4], "promoted_out")
 
         def run(*tensors: torch.Tensor | None) -> None:
             if self.error is not None:
@@ -103,6 +103,15 @@ def test_launch_of_a_dense_call(hopper):
     assert launched["score_scale"] == 1.0
     assert launched["exp2_scale"] == pytest.approx(64**-0.5 * LOG2_E)
     assert (launched["window_left"], launched["window_right"], launched["attention_chunk"]) == (-1, -1, 0)
+
+
+def test_scratch_of_very_long_sequences(hopper):
+    dispatch.forward(*qkv(lengths=(100, 2**18)))
+    dispatch.forward(*qkv(lengths=(100, 2**18 + 1)))
+    short, long = (launched["promoted_out"] for launched in hopper.launches)
+    assert short is None
+    # 2 sequences of 4 heads of one tile: 192 rows of 64 columns, and two rows' references for each of 384 threads.
+    assert (long.shape, long.dtype, long.device) == ((8 * (192 * 64 + 2 * 384),), torch.float32, DEVICE)
 
 
 def test_number_of_ctas(hopper):

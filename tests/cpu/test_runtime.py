@@ -123,6 +123,8 @@ def test_unknown_handle(handle):
             r"lse: shape \(2, 5, 6\) .* \(batch, heads_q, seqlen_q\) = \(2, 6, 5\)",
         ),
         ({"seqused_k": ((3,), INT32)}, ValueError, r"seqused_k: shape \(3\) .* \(batch\) = \(2\)"),
+        ({"promoted_out": ((4,), BF16)}, TypeError, r"promoted_out has dtype bfloat16; required is float32"),
+        ({"promoted_out": ((4,), FP32, (CPU, 0))}, ValueError, r"promoted_out is on cpu; required is q's device"),
         ({"num_ctas": 2**31}, ValueError, r"num_ctas is 2147483648; supported is 0 to 2147483647"),
         ({"max_seqlen_q": 2**31}, ValueError, r"max_seqlen_q is 2147483648"),
         ({"num_value_passes": 0}, ValueError, r"num_value_passes is 0; supported is 1 to"),
@@ -187,11 +189,12 @@ def test_strides_that_do_not_fit(change, text):
         (5, 128, r"vo_box_columns is 128; supported are 32 and 64"),
         (6, 0, r"qo_box_rows is 0; supported is 1 to 256"),
         (7, 257, r"kv_box_rows is 257; supported is 1 to 256"),
-        (8, 0, r"cluster_size is 0; supported is 1 to"),
+        (8, -1, r"promoted_floats is -1; supported is 0 to"),
+        (9, 0, r"cluster_size is 0; supported is 1 to"),
     ],
 )
 def test_kernel_traits_that_cannot_be(index, value, text):
-    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1, False]
+    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1, False]
     traits[index] = value
     with pytest.raises(ValueError, match=f"^{text}"):
         library().kernel_load(*traits)

@@ -36,9 +36,10 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def load(path, *, kv_rows=176, vo_columns=32, cluster_size=1, programmatic_launch=False):
+def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1, programmatic_launch=False):
     return library(path).kernel_load(
-        b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows, cluster_size, programmatic_launch
+        *(b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows),
+        *(promoted_floats, cluster_size, programmatic_launch),
     )
 
 
@@ -79,6 +80,10 @@ def test_dense_parameters(machine):
     assert len(set(maps.values())) == 4
     assert launch["params"].pop("tile_counter") != 0
     assert launch["params"] == {
+        "out": OUT_ADDRESS,
+        "out_strides": [3840, 768, 128],
+        "head_dim_v": 128,
+        "promoted_out": 0,
         "lse": LSE_ADDRESS,
         "lse_batch_stride": 30,
         "lse_head_stride": 5,
@@ -101,6 +106,23 @@ def test_dense_parameters(machine):
         "window_right": -1,
         "attention_chunk": 9,
     }
+
+
+@pytest.mark.parametrize("num_floats", [4000, 4001])
+def test_scratch_for_promotion(machine, num_floats):
+    (launch,) = launches(machine(run, dense_call, (("promoted_out", ((num_floats,), FP32)),)))
+    assert launch["params"]["promoted_out"] == 0x7F00_0000_0000
+
+
+def test_scratch_that_is_too_small(machine):
+    # 1000 floats for each of 4 CTAs.
+    assert machine(launch_with_scratch, 3999) == "promoted_out has 3999 elements; required are at least 4000"
+
+
+def launch_with_scratch(driver, path, num_floats):
+    with pytest.raises(ValueError) as raised:
+        forward(dense_call(handle=load(path), promoted_out=fake_cuda.tensor((num_floats,), FP32)), path)
+    return str(raised.value)
 
 
 def test_packed_parameters(machine):
@@ -367,8 +389,8 @@ def test_a_kernel_for_another_architecture(machine):
 
 
 def test_a_kernel_with_another_parameter_layout(machine):
-    text = machine(load_with_params_size, 648)
-    assert "symbol takes 648 bytes of parameters, this runtime passes 640" in text
+    text = machine(load_with_params_size, 776)
+    assert "symbol takes 776 bytes of parameters, this runtime passes 768" in text
 
 
 def load_with_params_size(driver, path, size):

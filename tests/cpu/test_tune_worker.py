@@ -147,7 +147,7 @@ def test_a_kernel_is_launched_as_the_package_launches_it(mask, score, monkeypatc
     problem = forward_problem(call, 132)
     assert problem == shape.problem(132)
     plan = plan_forward(problem)
-    cuda_forward(plan.config, problem, plan, call.scale, call.softcap)(q, k, v, out, lse, *(None,) * 4)
+    cuda_forward(plan.config, problem, plan, call.scale, call.softcap)(q, k, v, out, lse, *(None,) * 5)
     launch.prepare(plan.config, problem, plan, shape.softcap, (q, k, v, out, lse))()
     expected, found = launches
     assert found[:2] == expected[:2]

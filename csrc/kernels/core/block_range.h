@@ -17,6 +17,8 @@ struct BlockRange {
 
   FA_HOST_DEVICE bool empty() const { return begin >= end; }
   FA_HOST_DEVICE bool is_full(int n_block) const { return n_block >= full_begin && n_block < full_end; }
+  // The same, but for an empty range block 0, as one to be masked.
+  FA_HOST_DEVICE BlockRange at_least_one() const { return empty() ? BlockRange{0, 0, 0, 1} : *this; }
 };
 
 // Row i stands at key position p = i + len_k - len_q: the last query row is aligned with the last key.

@@ -9,6 +9,6 @@ enum class SeqLayout { kDense, kVarlen };
 enum class Score { kScaled, kSoftcap };
 enum class Schedule { kIntraWarpgroup, kPingPong };
 enum class Rescale { kEager, kLazy };
-enum class OutputBuffer { kOwn, kWithQ };
+enum class OutputBuffer { kOwn, kWithQ, kNone };
 
 }  // namespace fa

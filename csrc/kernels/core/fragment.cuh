@@ -40,6 +40,30 @@ FA_DEVICE void scale_rows(float (&fragment)[kSize], const float (&factor)[kRowsP
   for (int i = 0; i < kSize; ++i) fragment[i] *= factor[register_row(i)];
 }
 
+// Thread t of a quad brings word t of four rows of four words, and leaves with row t.
+FA_DEVICE uint4 transpose_quad(const uint32_t (&column)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  // Neighbours exchange, so that each holds two words of rows 0 and 2, or of rows 1 and 3.
+  const uint32_t low = __shfl_xor_sync(~0u, odd ? column[0] : column[1], 1);
+  const uint32_t high = __shfl_xor_sync(~0u, odd ? column[2] : column[3], 1);
+  const uint2 first = odd ? make_uint2(low, column[1]) : make_uint2(column[0], low);
+  const uint2 second = odd ? make_uint2(high, column[3]) : make_uint2(column[2], high);
+  // Halves of the quad exchange the row that is not theirs.
+  const uint2 kept = upper ? second : first, given = upper ? first : second;
+  const uint2 taken = make_uint2(__shfl_xor_sync(~0u, given.x, 2), __shfl_xor_sync(~0u, given.y, 2));
+  return upper ? make_uint4(taken.x, taken.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, taken.x, taken.y);
+}
+
+// As scale_rows, but a factor of 0 clears a row, whatever it holds.
+template <int kSize>
+FA_DEVICE void scale_or_clear_rows(float (&fragment)[kSize], const float (&factor)[kRowsPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float scale = factor[register_row(i)];
+    fragment[i] = scale == 0.f ? 0.f : fragment[i] * scale;
+  }
+}
+
 template <Dtype kDtype, int kSize>
 FA_DEVICE void pack_fragment(uint32_t (&packed)[kSize / 2], const float (&fragment)[kSize]) {
 #pragma unroll

@@ -26,6 +26,13 @@ FA_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// What follows in program order is issued only when `sum`, which is never negative, is known. The compiler moves waits
+// for products up, above arithmetic that does not depend on them, so that it would no longer run beside the products;
+// it cannot move them above a branch.
+FA_DEVICE void hold_until_known(float sum) {
+  if (sum < 0.f) asm volatile("nanosleep.u32 1;" ::: "memory");
+}
+
 // Two floats rounded to 16 bits, `low` in the low half.
 template <Dtype kDtype>
 FA_DEVICE uint32_t pack(float low, float high) {

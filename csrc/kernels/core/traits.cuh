@@ -14,7 +14,7 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupRows = 64;   // M of wgmma.m64nNk16
 constexpr int kMmaDepth = 16;        // K of wgmma.m64nNk16
 constexpr int kControlBytes = 1024;  // shared memory set aside for barriers and tile coordinates
-constexpr int kTileSlots = 2;        // tiles announced ahead to the consumers
+constexpr int kTileSlots = 4;        // tiles announced to the consumers and not yet done with
 
 // Width in bytes of one shared-memory column chunk of a tile `width` 16-bit elements wide, which is also its swizzle.
 constexpr int swizzle_bytes(int width) { return width * 2 % 128 == 0 ? 128 : 64; }
@@ -48,13 +48,19 @@ struct ForwardShape {
   static constexpr int kSwizzleBytes = swizzle_bytes(Traits::kHeadDim);
   static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
   static constexpr bool kOwnOutputBuffer = Traits::kOutputBuffer == OutputBuffer::kOwn;
+  // Whether a tile's last product runs beside the next tile's first. Where the output is staged over q, the next q must
+  // wait for it.
+  static constexpr bool kOverlapsTiles = Traits::kOutputBuffer != OutputBuffer::kWithQ;
 
-  static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;
+  static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;   // one stage
   static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;   // one stage
   static constexpr int kVBytes = Traits::kBlockN * Traits::kHeadDimV * kElementBytes;  // one stage
   static constexpr int kOBytes = Traits::kBlockM * Traits::kHeadDimV * kElementBytes;
-  static constexpr int kSmemBytes =
-      kQBytes + Traits::kNumStages * (kKBytes + kVBytes) + (kOwnOutputBuffer ? kOBytes : 0) + kControlBytes;
+  // A CTA's share of ForwardParams::promoted_out: the output, and two rows' references for each thread.
+  static constexpr int kPromotedFloats =
+      Traits::kBlockM * Traits::kHeadDimV + 2 * kNumConsumerWarpgroups * kWarpgroupThreads;
+  static constexpr int kSmemBytes = Traits::kNumQStages * kQBytes + Traits::kNumStages * (kKBytes + kVBytes) +
+                                    (kOwnOutputBuffer ? kOBytes : 0) + kControlBytes;
 };
 
 }  // namespace fa

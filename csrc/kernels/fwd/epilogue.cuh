@@ -1,4 +1,5 @@
-// The end of a tile: normalise, store the log-sum-exp, and send the output through shared memory to TMA.
+// The end of a tile: normalise, store the log-sum-exp, and send the output through shared memory to TMA, or straight to
+// memory where no shared memory is left for it.
 #pragma once
 
 #include <cute/arch/copy_sm90.hpp>
@@ -15,21 +16,13 @@ class Epilogue {
       : params_(params), smem_(smem), warpgroup_(warpgroup) {}
 
   FA_DEVICE void store(TileMma<Traits>& mma, const WorkTile& tile) {
-    if constexpr (Shape::kOwnOutputBuffer) mma.release_q();
-    float normalizer[kRowsPerThread], lse[kRowsPerThread];
-    mma.softmax.finish(params_.exp2_scale, normalizer, lse);
-    scale_rows(mma.out, normalizer);
+    scale_or_clear_rows(mma.out, mma.normalizer);
     const int first_row = tile.m_block * Traits::kBlockM + warpgroup_ * kWarpgroupRows;
-    if (tile.value_pass == 0) store_lse(lse, tile, first_row + fragment_row());
-    wait_buffer_free();
-    write_fragment(mma.out);
-    // The copy engine reads what these threads wrote by ordinary stores.
-    cutlass::arch::fence_view_async_shared();
-    sync_warpgroup(warpgroup_);
-    if (leads() && first_row < tile.q.length) send(tile, first_row);
-    if constexpr (!Shape::kOwnOutputBuffer) {
-      if (leads()) cute::tma_store_wait<0>();
-      mma.release_q();
+    if (tile.value_pass == 0) store_lse(mma.lse, tile, first_row + fragment_row());
+    if constexpr (Traits::kOutputBuffer == OutputBuffer::kNone) {
+      store_fragment(mma.out, tile, first_row + fragment_row());
+    } else {
+      stage_and_send(mma, tile, first_row);
     }
   }
 
@@ -40,10 +33,24 @@ class Epilogue {
 
  private:
   using Shape = ForwardShape<Traits>;
+  using Fragment = float[Traits::kHeadDimV / 2];
   static constexpr int kChunkColumns = Shape::kSwizzleBytesV / Shape::kElementBytes;
   static constexpr int kChunkBytes = kWarpgroupRows * Shape::kSwizzleBytesV;
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+
+  FA_DEVICE void stage_and_send(TileMma<Traits>& mma, const WorkTile& tile, int first_row) {
+    wait_buffer_free();
+    write_fragment(mma.out);
+    // The copy engine reads what these threads wrote by ordinary stores.
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup(warpgroup_);
+    if (leads() && first_row < tile.q.length) send(tile, first_row);
+    if constexpr (!Shape::kOwnOutputBuffer) {
+      if (leads()) cute::tma_store_wait<0>();
+      mma.release_q_with_output();
+    }
+  }
 
   FA_DEVICE void store_lse(const float (&lse)[kRowsPerThread], const WorkTile& tile, int row) const {
     float* rows =
@@ -51,6 +58,30 @@ class Epilogue {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       if (fragment_column() == 0 && row + 8 * r < tile.q.length) rows[row + 8 * r] = lse[r];
+    }
+  }
+
+  // out (64 x head_dim_v) to memory, 32 columns at a time: a quad holds eight pairs of a row, and each of its threads
+  // stores 8 columns of it. `row`: the thread's first.
+  FA_DEVICE void store_fragment(const Fragment& out, const WorkTile& tile, int row) const {
+    const int64_t first = tile.q.batch * params_.out_batch_stride +
+                          int64_t(tile.q.offset + row) * params_.out_row_stride + tile.head_q * params_.out_head_stride;
+    const int first_column = tile.value_pass * Traits::kHeadDimV + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      uint16_t* address = static_cast<uint16_t*>(params_.out) + first + 8 * r * params_.out_row_stride + first_column;
+#pragma unroll
+      for (int column = 0; column < Traits::kHeadDimV; column += 32) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+          const int i = column / 2 + 4 * group + 2 * r;
+          pairs[group] = pack<Traits::kDtype>(out[i], out[i + 1]);
+        }
+        const uint4 columns = transpose_quad(pairs);
+        const bool exists = row + 8 * r < tile.q.length && first_column + column < params_.head_dim_v;
+        if (exists) *reinterpret_cast<uint4*>(address + column) = columns;
+      }
     }
   }
 
@@ -64,7 +95,7 @@ class Epilogue {
 
   // out (64 x head_dim_v) to shared memory, 16 columns at a time: four 8x8 matrices, two down and two across. Lane l
   // gives the address of row l % 8 of matrix l / 8.
-  FA_DEVICE void write_fragment(const float (&out)[Traits::kHeadDimV / 2]) {
+  FA_DEVICE void write_fragment(const Fragment& out) {
     const int lane = threadIdx.x % kWarpThreads;
     const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
     const uint32_t row_address = cute::cast_smem_ptr_to_uint(smem_.output(warpgroup_)) + row * Shape::kSwizzleBytesV;

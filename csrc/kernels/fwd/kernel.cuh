@@ -14,7 +14,7 @@ template <class Traits>
 FA_DEVICE void init_barriers(ForwardControl<Traits>& control) {
   constexpr int kWarpgroups = ForwardShape<Traits>::kNumConsumerWarpgroups;
   constexpr int kConsumerWarps = kWarpgroups * kWarpgroupThreads / kWarpThreads;
-  control.q.init(1, 1);
+  for (Ring<Traits::kNumQStages>& q : control.q) q.init(1, 1);
   control.k.init(1, kWarpgroups);
   control.v.init(1, kWarpgroups);
   control.tiles.init(1, kConsumerWarps);
@@ -27,14 +27,21 @@ FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, i
   TileMma<Traits> mma(params, smem, warpgroup);
   Epilogue<Traits> epilogue(params, smem, warpgroup);
   mma.begin();
-  for (RingState<kTileSlots> slot;; slot.advance()) {
-    control.tiles.wait_full(slot);
+  RingState<kTileSlots> slot;
+  control.tiles.wait_full(slot);
+  bool started = false;
+  while (control.tile[slot.index()].exists()) {
     const WorkTile& tile = control.tile[slot.index()];
-    if (tile.m_block == WorkTile::kNoMoreWork) break;
-    mma.run(tile, slot.count & 1);
+    RingState<kTileSlots> next = slot;
+    next.advance();
+    if (!started) mma.start(tile);
+    mma.run(tile);
+    control.tiles.wait_full(next);
+    started = mma.finish(tile, control.tile[next.index()]);
     epilogue.store(mma, tile);
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) control.tiles.release(slot);
+    slot = next;
   }
   mma.end();
   epilogue.finish();

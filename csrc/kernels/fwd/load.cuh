@@ -36,11 +36,13 @@ class Producer {
       __syncwarp();
       tile_slot_.advance();
     }
+    if (leads()) load_deferred_values();
     scheduler.close(params_);
   }
 
  private:
   using Shape = ForwardShape<Traits>;
+  static constexpr int kNone = -1;
 
   FA_DEVICE static bool leads() { return threadIdx.x == 0; }
 
@@ -60,6 +62,9 @@ class Producer {
     tile.value_pass = scheduled.position.head - head_q * params_.num_value_passes;
     tile.q = query_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
     tile.k = key_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
+    tile.blocks = tile_visibility<Traits>(params_, tile)
+                      .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block)
+                      .at_least_one();
     return tile;
   }
 
@@ -73,43 +78,52 @@ class Producer {
     Barrier::arrive(&control_.tiles.full[tile_slot_.index()]);
   }
 
-  // Keys run one block ahead of values, as the consumers issue QK of the next block before PV of the last. The first
-  // keys go before q: q's buffer may still hold the output of the last tile on its way to memory.
+  // Keys run one block ahead of values, as the consumers issue QK of the next block before PV of the last: where tiles
+  // overlap, the values of a tile's last block follow the next tile's first keys. The first keys go before q: q's
+  // buffer may still hold the output of the last tile on its way to memory.
   FA_DEVICE void load_tile(const WorkTile& tile) {
-    const BlockRange range =
-        tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block);
-    if (!range.empty()) load_k(tile, range.end - 1);
+    const BlockRange range = tile.blocks;
+    load_k(tile, range.end - 1);
+    // With one q buffer, q waits for the last tile's last QK, and its last values need not.
+    if constexpr (Traits::kNumQStages == 1) load_deferred_values();
     load_q(tile);
+    load_deferred_values();
 #pragma unroll 1
     for (int n_block = range.end - 2; n_block >= range.begin; --n_block) {
       load_k(tile, n_block);
       load_v(tile, n_block + 1);
     }
-    if (!range.empty()) load_v(tile, range.begin);
+    if constexpr (Shape::kOverlapsTiles) {
+      deferred_block_ = range.begin;
+    } else {
+      load_v(tile, range.begin);
+    }
+  }
+
+  // The last tile's last values. Its consumers still need them, so that its slot still holds it.
+  FA_DEVICE void load_deferred_values() {
+    if (deferred_block_ == kNone) return;
+    load_v(control_.tile[(tile_slot_.count - 1) % kTileSlots], deferred_block_);
+    deferred_block_ = kNone;
   }
 
   FA_DEVICE void load_q(const WorkTile& tile) {
 #pragma unroll
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
-      Barrier::wait(&control_.q.empty[warpgroup], q_phase_ ^ 1);
-      const int row = tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows;
-      if (row >= tile.q.length) {
-        // Nothing to load, and nothing to ask for: see params.h. The rows' results are never stored.
-        Barrier::arrive(&control_.q.full[warpgroup]);
-        continue;
-      }
+      Ring<Traits::kNumQStages>& ring = control_.q[warpgroup];
+      ring.wait_empty(q_stage_);
       load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes>(
-          params_.q, &control_.q.full[warpgroup], CacheHint::EVICT_FIRST, smem_.q[warpgroup], 0, tile.head_q,
-          tile.q.map_row(params_.row_bound_q, row), tile.q);
+          params_.q, &ring.full[q_stage_.index()], CacheHint::EVICT_FIRST, smem_.q[q_stage_.index()][warpgroup], 0,
+          tile.head_q, tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows, params_.row_bound_q, tile.q);
     }
-    q_phase_ ^= 1;
+    q_stage_.advance();
   }
 
   FA_DEVICE void load_k(const WorkTile& tile, int n_block) {
     control_.k.wait_empty(k_stage_);
     load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes>(
         params_.k, &control_.k.full[k_stage_.index()], CacheHint::EVICT_LAST, smem_.k[k_stage_.index()], 0,
-        tile.head_kv, tile.k.map_row(params_.row_bound_k, n_block * Traits::kBlockN), tile.k);
+        tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
     k_stage_.advance();
   }
 
@@ -117,22 +131,27 @@ class Producer {
     control_.v.wait_empty(v_stage_);
     load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV>(
         params_.v, &control_.v.full[v_stage_.index()], CacheHint::EVICT_LAST, smem_.v[v_stage_.index()],
-        tile.value_pass * Traits::kHeadDimV, tile.head_kv,
-        tile.k.map_row(params_.row_bound_k, n_block * Traits::kBlockN), tile.k);
+        tile.value_pass * Traits::kHeadDimV, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
     v_stage_.advance();
   }
 
-  // One tile of kRows x kColumns, column chunk by column chunk.
+  // One tile of kRows x kColumns, column chunk by column chunk, from row `row` of the sequence. Where no row is left,
+  // nothing is asked for (see params.h) and the buffer keeps what it holds: those rows' results are never stored, and
+  // those keys are masked.
   template <int kRows, int kColumns, int kSwizzleBytes>
   FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
-                             int head, int map_row, const Sequence& sequence) {
+                             int head, int row, int row_bound, const Sequence& sequence) {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
+    if (row >= sequence.length) {
+      Barrier::arrive(full);
+      return;
+    }
     TransactionBarrier::arrive_and_expect_tx(full, kRows * kColumns * Shape::kElementBytes);
 #pragma unroll
     for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
       cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), tile + chunk * kRows * kSwizzleBytes,
-                                   column + chunk * kChunkColumns, head, map_row, sequence.map_origin(),
-                                   sequence.batch);
+                                   column + chunk * kChunkColumns, head, sequence.map_row(row_bound, row),
+                                   sequence.map_origin(), sequence.batch);
     }
   }
 
@@ -140,9 +159,10 @@ class Producer {
   ForwardSmem<Traits>& smem_;
   ForwardControl<Traits>& control_;
   RingState<kTileSlots> tile_slot_;
-  uint32_t q_phase_ = 0;
+  RingState<Traits::kNumQStages> q_stage_;
   RingState<Traits::kNumStages> k_stage_;
   RingState<Traits::kNumStages> v_stage_;
+  int deferred_block_ = kNone;  // of the tile before
 };
 
 }  // namespace fa

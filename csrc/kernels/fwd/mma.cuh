@@ -1,4 +1,4 @@
-// One consumer warpgroup's work on a tile: 64 query rows against all key blocks they may see.
+// One consumer warpgroup's work on its tiles: 64 query rows each, against all key blocks they may see.
 #pragma once
 
 #include "../core/mask.cuh"
@@ -6,98 +6,124 @@
 #include "../core/softmax.cuh"
 #include "../core/wgmma.cuh"
 #include "load.cuh"
+#include "promotion.cuh"
 #include "smem.cuh"
 
 namespace fa {
 
+// For each tile: start(), unless the finish() of the tile before has done that already; run(); finish().
+//
+// Key blocks run from the last to the first. QK of a block is in flight together with PV of the block before, also
+// across the border between two tiles, and the softmax of the block runs beside that PV.
+//
+// Tiles lie in shared memory; they are read again where they are needed rather than kept in registers.
 template <class Traits>
 class TileMma {
  public:
   using Shape = ForwardShape<Traits>;
 
-  float out[Traits::kHeadDimV / 2];  // 64 x head_dim_v, fp32, not normalised
-  OnlineSoftmax<Traits::kRescale> softmax;
+  // The result of the last tile that was finished.
+  float out[Traits::kHeadDimV / 2];  // 64 x head_dim_v, fp32, to be multiplied by `normalizer`
+  float normalizer[kRowsPerThread];
+  float lse[kRowsPerThread];
 
   FA_DEVICE TileMma(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup)
-      : turn_{warpgroup}, params_(params), smem_(smem), control_(smem.control) {}
+      : turn_{warpgroup}, params_(params), smem_(smem), control_(smem.control), promoted_(params) {}
 
   FA_DEVICE void begin() { turn_.begin(); }
   FA_DEVICE void end() { turn_.end(); }
 
-  // Leaves the tile's output in `out` and its statistics in `softmax`. Key blocks run from the last to the first.
-  // `tile` lies in shared memory; it is read again where an edge block needs it rather than kept in registers.
-  FA_DEVICE void run(const WorkTile& tile, uint32_t q_phase) {
-    softmax = {};
-    clear_fragment(out);
-    Barrier::wait(&control_.q.full[turn_.warpgroup], q_phase);
-    const BlockRange range =
-        tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block);
-    if (range.empty()) return;
-    int n_block = range.end - 1;
-    first_block(tile, range, n_block--);
-    // One loop for each kind of block: a branch inside a step keeps the compiler from ordering its instructions well.
-    if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(tile, n_block, range.full_end);
-    run_blocks<BlockKind::kFull>(tile, n_block, range.full_begin);
-    if constexpr (Traits::kMask == Mask::kLocal) run_blocks<BlockKind::kEdge>(tile, n_block, range.begin);
-    last_values();
+  // QK and softmax of the tile's first block, with nothing beside them.
+  FA_DEVICE void start(const WorkTile& tile) {
+    softmax_ = {};
+    control_.q[turn_.warpgroup].wait_full(q_stage_);
+    first_block(tile, tile.blocks.end - 1);
   }
 
-  // Frees q's buffer for the next tile. Nobody may read q, nor the output staged in it, any more.
-  FA_DEVICE void release_q() {
-    if (leads()) Barrier::arrive(&control_.q.empty[turn_.warpgroup]);
+  // All further blocks.
+  FA_DEVICE void run(const WorkTile& tile) {
+    clear_fragment(out);
+    promoted_.begin();
+    const BlockRange& range = tile.blocks;
+    int n_block = range.end - 2;
+    // One loop for each kind of block: a branch inside a step keeps the compiler from ordering its instructions well.
+    if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(tile, n_block, range.full_end);
+    run_full_blocks(tile, n_block, range.full_begin);
+    if constexpr (Traits::kMask == Mask::kLocal) run_blocks<BlockKind::kEdge>(tile, n_block, range.begin);
+  }
+
+  // PV of the tile's last block, and beside it, where that can be, the start of the tile `next`. Returns whether it was
+  // started. Leaves the tile's result in `out`, `normalizer` and `lse`.
+  FA_DEVICE bool finish(const WorkTile& tile, const WorkTile& next) {
+    OnlineSoftmax<Traits::kRescale> next_softmax;
+    const bool starts_next = Shape::kOverlapsTiles && next.exists();
+    if constexpr (Shape::kOverlapsTiles) release_q();
+    if (starts_next) {
+      finish_beside(next, next_softmax);
+    } else {
+      last_values();
+    }
+    promoted_.add_promoted(out, softmax_.reference);
+    softmax_.finish(params_.exp2_scale, normalizer, lse);
+    softmax_ = next_softmax;
+    return starts_next;
+  }
+
+  // Frees q's only buffer. Nobody may read the output that was staged in it any more.
+  FA_DEVICE void release_q_with_output() {
+    static_assert(Traits::kOutputBuffer == OutputBuffer::kWithQ);
+    if (leads()) control_.q[turn_.warpgroup].release(q_stage_);
+    q_stage_.advance();
   }
 
  private:
-  using Scores = float[Traits::kBlockN / 2];
+  static constexpr bool kReleasesQEarly = Shape::kOverlapsTiles && Traits::kNumQStages == 1;
 
-  // Whether every row of the tile sees every key of the block.
-  enum class BlockKind { kFull, kEdge };
+  using Scores = float[Traits::kBlockN / 2];
+  using Softmax = OnlineSoftmax<Traits::kRescale>;
+
+  // Whether every row of the tile sees every key of the block; kFirst: to be found out.
+  enum class BlockKind { kFull, kEdge, kFirst };
+
+  FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+
+  FA_DEVICE void first_block(const WorkTile& tile, int n_block) {
+    Scores scores;
+    control_.k.wait_full(k_stage_);
+    turn_.wait();
+    issue_scores(scores);
+    turn_.pass_on();
+    cute::warpgroup_wait<0>();
+    fence_fragment(scores);
+    release_keys(tile, n_block);
+    to_probabilities<BlockKind::kFirst>(tile, n_block, scores, softmax_);
+    pack_fragment<Traits::kDtype>(p_, scores);
+  }
 
   // Down to block `begin`.
   template <BlockKind kKind>
   FA_DEVICE void run_blocks(const WorkTile& tile, int& n_block, int begin) {
 #pragma unroll 1
-    for (; n_block >= begin; --n_block) next_block<kKind>(tile, n_block);
+    for (; n_block >= begin; --n_block) {
+      Scores scores;
+      step<kKind>(tile, n_block, scores, softmax_);
+      if (softmax_.corrects) scale_rows(out, softmax_.correction);
+      pack_fragment<Traits::kDtype>(p_, scores);
+    }
   }
 
-  FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
-
-  FA_DEVICE void first_block(const WorkTile& tile, const BlockRange& range, int n_block) {
-    Scores scores;
-    control_.k.wait_full(k_stage_);
-    turn_.wait();
-    issue_scores(scores);
-    turn_.pass_on();
-    cute::warpgroup_wait<0>();
-    fence_fragment(scores);
-    release_k();
-    apply_hook(tile, scores, n_block);
-    if (!range.is_full(n_block)) mask(tile, scores, n_block);
-    softmax.update(scores, params_.exp2_scale);
-    pack_fragment<Traits::kDtype>(p_, scores);
+  FA_DEVICE void run_full_blocks(const WorkTile& tile, int& n_block, int begin) {
+    for (;;) {
+      run_blocks<BlockKind::kFull>(tile, n_block, max_of(begin, n_block + 1 - promoted_.blocks()));
+      if (n_block < begin) return;
+      promoted_.promote(out, softmax_.reference);
+    }
   }
 
-  // QK of this block and PV of the one before are in flight together; the softmax of this block runs beside PV.
-  template <BlockKind kKind>
-  FA_DEVICE void next_block(const WorkTile& tile, int n_block) {
+  FA_DEVICE void finish_beside(const WorkTile& next, Softmax& next_softmax) {
     Scores scores;
-    control_.k.wait_full(k_stage_);
-    turn_.wait();
-    issue_scores(scores);
-    control_.v.wait_full(v_stage_);
-    issue_values();
-    turn_.pass_on();
-    cute::warpgroup_wait<1>();
-    fence_fragment(scores);
-    release_k();
-    apply_hook(tile, scores, n_block);
-    if constexpr (kKind == BlockKind::kEdge) mask(tile, scores, n_block);
-    softmax.update(scores, params_.exp2_scale);
-    cute::warpgroup_wait<0>();
-    fence_fragment(out);
-    fence_fragment(p_);
-    release_v();
-    if (softmax.corrects) scale_rows(out, softmax.correction);
+    control_.q[turn_.warpgroup].wait_full(q_stage_);
+    step<BlockKind::kFirst>(next, next.blocks.end - 1, scores, next_softmax);
     pack_fragment<Traits::kDtype>(p_, scores);
   }
 
@@ -109,10 +135,48 @@ class TileMma {
     release_v();
   }
 
+  // QK of a block together with PV of the block before, which may be the last tile's; then the softmax beside that PV.
+  template <BlockKind kKind>
+  FA_DEVICE void step(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+    control_.k.wait_full(k_stage_);
+    turn_.wait();
+    issue_scores(scores);
+    control_.v.wait_full(v_stage_);
+    issue_values();
+    turn_.pass_on();
+    cute::warpgroup_wait<1>();
+    fence_fragment(scores);
+    release_keys(tile, n_block);
+    to_probabilities<kKind>(tile, n_block, scores, softmax);
+    hold_until_known(softmax.row_sum[0] + softmax.row_sum[1]);
+    cute::warpgroup_wait<0>();
+    fence_fragment(out);
+    fence_fragment(p_);
+    release_v();
+  }
+
+  template <BlockKind kKind>
+  FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+    apply_hook(tile, scores, n_block);
+    if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !tile.blocks.is_full(n_block))) {
+      mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), n_block * Traits::kBlockN);
+    }
+    softmax.update(scores, params_.exp2_scale);
+  }
+
+  FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {
+    if constexpr (Traits::kScore != Score::kScaled) {
+      apply_score<Traits::kScore>(
+          scores,
+          {tile.batch, tile.head_q, tile.head_kv, first_row(tile), n_block * Traits::kBlockN + fragment_column()},
+          params_);
+    }
+  }
+
   FA_DEVICE void issue_scores(Scores& scores) {
     fence_fragment(scores);
     cute::warpgroup_arrive();
-    issue_qk<Traits>(scores, cute::cast_smem_ptr_to_uint(smem_.q[turn_.warpgroup]),
+    issue_qk<Traits>(scores, cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]),
                      cute::cast_smem_ptr_to_uint(smem_.k[k_stage_.index()]));
     cute::warpgroup_commit_batch();
   }
@@ -125,28 +189,24 @@ class TileMma {
     cute::warpgroup_commit_batch();
   }
 
-  FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {
-    if constexpr (Traits::kScore != Score::kScaled) {
-      apply_score<Traits::kScore>(
-          scores,
-          {tile.batch, tile.head_q, tile.head_kv, first_row(tile), n_block * Traits::kBlockN + fragment_column()},
-          params_);
-    }
-  }
-
-  FA_DEVICE void mask(const WorkTile& tile, Scores& scores, int n_block) {
-    mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), n_block * Traits::kBlockN);
-  }
-
   // The sequence's row that is the thread's first.
   FA_DEVICE int first_row(const WorkTile& tile) const {
     return tile.m_block * Traits::kBlockM + turn_.warpgroup * kWarpgroupRows + fragment_row();
   }
 
   // One arrival per warpgroup: its products are complete for all its threads at once.
-  FA_DEVICE void release_k() {
+  FA_DEVICE void release_keys(const WorkTile& tile, int n_block) {
     if (leads()) control_.k.release(k_stage_);
     k_stage_.advance();
+    // Nobody reads q after the tile's last QK, and its only buffer is wanted for the next tile.
+    if constexpr (kReleasesQEarly) {
+      const bool last = n_block == tile.blocks.begin;
+      if (leads() && last) control_.q[turn_.warpgroup].release(q_stage_);
+    }
+  }
+  FA_DEVICE void release_q() {
+    if (!kReleasesQEarly && leads()) control_.q[turn_.warpgroup].release(q_stage_);
+    q_stage_.advance();
   }
   FA_DEVICE void release_v() {
     if (leads()) control_.v.release(v_stage_);
@@ -157,7 +217,10 @@ class TileMma {
   const ForwardParams& params_;
   ForwardSmem<Traits>& smem_;
   ForwardControl<Traits>& control_;
+  PromotedOutput<Traits> promoted_;
+  Softmax softmax_;                  // of the tile that was started last
   uint32_t p_[Traits::kBlockN / 4];  // probabilities of the last block, packed: A operand of PV
+  RingState<Traits::kNumQStages> q_stage_;
   RingState<Traits::kNumStages> k_stage_;
   RingState<Traits::kNumStages> v_stage_;
 };

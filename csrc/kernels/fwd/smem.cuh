@@ -1,6 +1,7 @@
 // The shared-memory plan of the forward kernel; README.md beside csrc/kernels draws it.
 #pragma once
 
+#include "../core/block_range.h"
 #include "../core/pipeline.cuh"
 #include "../core/seqlen.h"
 #include "../core/traits.cuh"
@@ -16,13 +17,16 @@ struct WorkTile {
   int value_pass;
   Sequence q;
   Sequence k;
+  BlockRange blocks;  // of keys that the tile visits; at least one, which may be masked as a whole
 
   static constexpr int kNoMoreWork = -1;
+
+  FA_DEVICE bool exists() const { return m_block != kNoMoreWork; }
 };
 
 template <class Traits>
 struct ForwardControl {
-  Ring<ForwardShape<Traits>::kNumConsumerWarpgroups> q;  // one buffer per warpgroup: its 64 rows
+  Ring<Traits::kNumQStages> q[ForwardShape<Traits>::kNumConsumerWarpgroups];  // each warpgroup's 64 rows
   Ring<Traits::kNumStages> k;
   Ring<Traits::kNumStages> v;
   Ring<kTileSlots> tiles;
@@ -35,7 +39,7 @@ template <class Traits>
 struct alignas(1024) ForwardSmem {
   using Shape = ForwardShape<Traits>;
 
-  uint8_t q[Shape::kNumConsumerWarpgroups][Shape::kQBytes / Shape::kNumConsumerWarpgroups];
+  uint8_t q[Traits::kNumQStages][Shape::kNumConsumerWarpgroups][Shape::kQBytes / Shape::kNumConsumerWarpgroups];
   uint8_t k[Traits::kNumStages][Shape::kKBytes];
   uint8_t v[Traits::kNumStages][Shape::kVBytes];
   uint8_t o[Shape::kOwnOutputBuffer ? Shape::kNumConsumerWarpgroups : 0]
@@ -48,7 +52,7 @@ struct alignas(1024) ForwardSmem {
   // Where warpgroup `warpgroup` stages its output rows.
   FA_DEVICE uint8_t* output(int warpgroup) {
     if constexpr (Shape::kOwnOutputBuffer) return o[warpgroup];
-    return q[warpgroup];
+    return q[0][warpgroup];
   }
 
   static_assert(sizeof(ForwardControl<Traits>) <= kControlBytes, "raise kControlBytes and its Python twin");

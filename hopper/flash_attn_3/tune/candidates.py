@@ -22,6 +22,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "block_m": (64, 128, 192, 256),
     "block_n": tuple(range(48, 193, 16)),
     "num_stages": (2, 3, 4),
+    "num_q_stages": (1, 2),
 }
 
 

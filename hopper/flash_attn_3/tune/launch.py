@@ -20,7 +20,13 @@ def prepare(
     softcap: float,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> Callable[[], None]:
-    """A call that enqueues the kernel on q, k, v and writes out and lse, the five `tensors`."""
+    """A call that enqueues the kernel on q, k, v and writes out and lse, the five `tensors`.
+
+    Raises:
+        ValueError: the plan needs scratch; sequences that long are not tuned.
+    """
+    if plan.promoted_floats > 0:
+        raise ValueError(f"max_seqlen_k={problem.max_seqlen_k} is too long to be tuned; its kernels need scratch")
     launch = cuda_forward(kernel, problem, plan, problem.head_dim**-0.5, softcap)
-    # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    return functools.partial(launch, *tensors, *(None,) * 4)
+    # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out
+    return functools.partial(launch, *tensors, *(None,) * 5)
