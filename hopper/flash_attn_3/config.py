@@ -162,7 +162,8 @@ class ForwardConfig(KernelConfig):
 
     Shapes: a CTA holds ``block_m`` query rows (64 per consumer warpgroup) and streams key blocks of
     ``block_n`` rows through ``num_stages`` shared-memory stages. ``head_dim`` and ``head_dim_v`` are tile
-    widths: smaller head dims run inside them, TMA fills the rest with zeros.
+    widths: smaller head dims run inside them, TMA fills the rest with zeros. Of 16 exponentials,
+    ``polynomial_exp2_of_16`` are computed on the FMA pipes rather than by the exponential unit.
     """
 
     FAMILY = "fwd"
@@ -180,6 +181,7 @@ class ForwardConfig(KernelConfig):
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2
+    polynomial_exp2_of_16: int = 0
 
     # -- derived; the C++ twins are in csrc/kernels/core/traits.cuh ------------------------------------
 
@@ -248,6 +250,7 @@ class ForwardConfig(KernelConfig):
             self.rescale.slug,
             f"o_{self.output_buffer.slug}",
             f"q{self.num_q_stages}",
+            f"p{self.polynomial_exp2_of_16}",
         ]
         return "_".join(parts)
 
@@ -268,6 +271,7 @@ class ForwardConfig(KernelConfig):
                 "output_buffer",
                 "OWN when head_dim_v exceeds head_dim: the output tile does not fit in q's memory",
             ),
+            (0 <= self.polynomial_exp2_of_16 <= 8, "polynomial_exp2_of_16", "in [0, 8]"),
             (self.num_q_stages in (1, 2), "num_q_stages", "1 or 2"),
             (
                 self.num_q_stages == 1 or self.output_buffer is not OutputBuffer.WITH_Q,

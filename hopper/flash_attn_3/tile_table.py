@@ -39,6 +39,7 @@ class ForwardTile:
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2
+    polynomial_exp2_of_16: int = 0
 
     @classmethod
     def of(cls, config: ForwardConfig) -> ForwardTile:

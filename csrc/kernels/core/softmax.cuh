@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "exp2.h"
 #include "fragment.cuh"
 #include "ptx.cuh"
 
@@ -24,8 +25,9 @@ struct OnlineSoftmax {
   float correction[kRowsPerThread];                          // what the last update makes of older outputs
   bool corrects;                                             // whether that may be anything but 1 in this warp
 
-  // scores (64 x block_n) become exp2(exp2_scale * (score - reference)).
-  template <int kSize>
+  // scores (64 x block_n) become exp2(exp2_scale * (score - reference)); of 16 in a row, kPolynomialOf16 by the
+  // polynomial, which masked scores must not meet.
+  template <int kPolynomialOf16, int kSize>
   FA_DEVICE void update(float (&scores)[kSize], float exp2_scale) {
     corrects = kRescale == Rescale::kEager;
 #pragma unroll
@@ -43,7 +45,10 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         if (register_row(i) == row) {
-          scores[i] = exp2_approx(fmaf(scores[i], exp2_scale, -scaled_reference));
+          const float exponent = fmaf(scores[i], exp2_scale, -scaled_reference);
+          const int column = i / 4 * 2 + i % 2;  // of the row's, as far as they are this thread's
+          const bool polynomial = column * kPolynomialOf16 % 16 < kPolynomialOf16;
+          scores[i] = polynomial ? exp2_polynomial(exponent) : exp2_approx(exponent);
           sum += scores[i];
         }
       }

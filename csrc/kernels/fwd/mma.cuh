@@ -161,7 +161,8 @@ class TileMma {
     if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !tile.blocks.is_full(n_block))) {
       mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), n_block * Traits::kBlockN);
     }
-    softmax.update(scores, params_.exp2_scale);
+    constexpr int kPolynomialOf16 = kKind == BlockKind::kFull ? Traits::kPolynomialExp2Of16 : 0;
+    softmax.template update<kPolynomialOf16>(scores, params_.exp2_scale);
   }
 
   FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {

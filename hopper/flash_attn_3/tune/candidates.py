@@ -23,6 +23,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "block_n": tuple(range(48, 193, 16)),
     "num_stages": (2, 3, 4),
     "num_q_stages": (1, 2),
+    "polynomial_exp2_of_16": (0, 2, 4),
 }
 
 
