@@ -6,7 +6,7 @@ namespace {
 template <fa::Mask kMask, int kBlockM, int kBlockN>
 fa::BlockRange blocks(const int* arguments) {
   const fa::Visibility<kMask> visibility = {arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
-  return visibility.template blocks<kBlockM, kBlockN>(arguments[0]);
+  return visibility.template blocks<kBlockM, kBlockN>(arguments[0], {arguments[6]});
 }
 
 template <int kBlockM, int kBlockN>
@@ -19,7 +19,7 @@ fa::BlockRange blocks(fa::Mask mask, const int* arguments) {
 }  // namespace
 
 // `tile`: an index into COMPILED_TILES of tests/cpu/test_block_range.py. `arguments`: m_block, len_q, len_k,
-// window_left, window_right, attention_chunk.
+// window_left, window_right, attention_chunk, log2 of the packed heads.
 extern "C" void block_range(fa::Mask mask, int tile, const int* arguments, fa::BlockRange* result) {
   constexpr fa::BlockRange (*kTiles[])(fa::Mask, const int*) = {blocks<4, 3>, blocks<8, 16>, blocks<64, 80>,
                                                                 blocks<128, 176>, blocks<192, 128>};

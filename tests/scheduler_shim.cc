@@ -15,7 +15,7 @@
 
 // These have twins in tests/cpu/test_scheduler.py.
 struct Problem {
-  int32_t batch, heads_q, num_value_passes, heads_per_section, seqlen_q, seqlen_k;
+  int32_t batch, heads_q, packed_heads_log2, num_value_passes, heads_per_section, seqlen_q, seqlen_k;
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 };
 
@@ -137,6 +137,7 @@ extern "C" const char* launch(fa::Mask mask, fa::SeqLayout layout, const Problem
   params.seqused_k = seqused_k.get();
   params.batch = problem->batch;
   params.heads_q = problem->heads_q;
+  params.packed_heads_log2 = problem->packed_heads_log2;
   params.num_value_passes = problem->num_value_passes;
   params.heads_per_section = problem->heads_per_section;
   params.seqlen_q = problem->seqlen_q;

@@ -32,10 +32,10 @@ struct TileCounter {
 // A box must hold at least one row in bounds: for one that does not, the copy engine touches the base address, which
 // may not be mapped.
 struct alignas(128) ForwardParams {
-  CUtensorMap q;  // box {swizzle width, 1, 64 rows, 1, 1}
+  CUtensorMap q;  // box {swizzle width, h, 64 / h rows, 1, 1}, h = 2^packed_heads_log2
   CUtensorMap k;  // box {swizzle width, 1, block_n rows, 1, 1}
   CUtensorMap v;  // box {swizzle width, 1, block_n rows, 1, 1}
-  CUtensorMap o;  // box {swizzle width, 1, 64 rows, 1, 1}
+  CUtensorMap o;  // box {swizzle width, h, 64 / h rows, 1, 1}
 
   // Output row `row` of a head: out + batch * out_batch_stride + row * out_row_stride + head * out_head_stride.
   // Elements of 16 bits; addresses and strides are multiples of 16 bytes. For kernels that do not store through `o`.
@@ -67,6 +67,7 @@ struct alignas(128) ForwardParams {
   int32_t seqlen_k;           // rows of a dense k; max_seqlen_k with cu_seqlens_k
   int32_t row_bound_q;        // size of the row dimension of the q and o maps
   int32_t row_bound_k;        // size of the row dimension of the k and v maps
+  int32_t packed_heads_log2;  // query heads that lie in one tile together (core/packing.h); they share a key head
   int32_t num_value_passes;   // column passes over values wider than the value tile
   int32_t heads_per_section;  // (batch, head, pass) triples that are worked on together
 

@@ -46,10 +46,18 @@ void fill_sizes(ForwardParams& params, const CheckedTensors& checked) {
   if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
 }
 
+void check_packing(const ForwardParams& params) {
+  int packed_heads = 1 << params.packed_heads_log2;
+  FA_CHECK(params.heads_kv == 0 || params.heads_q / params.heads_kv % packed_heads == 0, ValueError)
+      << "packed_heads_log2 is " << params.packed_heads_log2 << "; required is that the " << params.heads_q
+      << " heads of q for " << params.heads_kv << " of k make groups of " << packed_heads;
+}
+
 void fill_options(ForwardParams& params, const ForwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
   params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
   params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
+  params.packed_heads_log2 = checked_int32("packed_heads_log2", options.packed_heads_log2, 0);
   params.num_value_passes = checked_int32("num_value_passes", options.num_value_passes, 1);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
   params.score_scale = static_cast<float>(options.score_scale);
@@ -59,11 +67,16 @@ void fill_options(ForwardParams& params, const ForwardOptions& options) {
   params.attention_chunk = checked_int32("attention_chunk", options.attention_chunk, 0);
 }
 
+// The same part of the tensor with the rows of several heads.
+TensorMapBox packed(TensorMapBox box, int log2_heads) {
+  return {box.columns, box.rows >> log2_heads, 1u << log2_heads};
+}
+
 // Where there is no key at all, q's map stands in for those of k and v: a tensor without elements has no address to
 // encode, and the kernel loads nothing through them but prefetches the maps themselves.
 void encode_maps(ForwardParams& params, const CheckedTensors& checked, const KernelTraits& traits) {
-  params.q = encode_tensor_map(checked.q, traits.q_box);
-  params.o = encode_tensor_map(checked.out, traits.o_box);
+  params.q = encode_tensor_map(checked.q, packed(traits.q_box, params.packed_heads_log2));
+  params.o = encode_tensor_map(checked.out, packed(traits.o_box, params.packed_heads_log2));
   params.k = checked.k.empty() ? params.q : encode_tensor_map(checked.k, traits.k_box);
   params.v = checked.v.empty() ? params.q : encode_tensor_map(checked.v, traits.v_box);
 }
@@ -75,6 +88,9 @@ ForwardLauncher::ForwardLauncher(int64_t handle, const ForwardOptions& options)
   fill_options(params_, options);
   if (num_ctas_ == 0) return;
   kernel_ = &find_kernel(handle);
+  FA_CHECK(kernel_->traits().q_box.rows >> params_.packed_heads_log2 > 0, ValueError)
+      << "packed_heads_log2 is " << params_.packed_heads_log2 << "; supported are at most "
+      << kernel_->traits().q_box.rows << " heads together";
   uint32_t cluster_size = kernel_->traits().cluster_size;
   FA_CHECK(num_ctas_ % cluster_size == 0, ValueError)
       << "num_ctas is " << num_ctas_ << "; required is a multiple of the cluster size, " << cluster_size;
@@ -95,6 +111,7 @@ void ForwardLauncher::operator()(const ForwardTensors& tensors) const {
   fill_out(params, checked.out);
   fill_index_tensors(params, tensors);
   fill_sizes(params, checked);
+  check_packing(params);
   if (kernel_ == nullptr || checked.out.empty() || checked.batch == 0) return;
   params.promoted_out = promoted_out(tensors.promoted_out);
 

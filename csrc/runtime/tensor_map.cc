@@ -68,7 +68,7 @@ TensorMapGeometry tensor_map_geometry(const RowTensor& tensor) {
 
 CUtensorMap encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box) {
   TensorMapGeometry geometry = tensor_map_geometry(tensor);
-  std::array<uint32_t, 5> box_sizes{box.columns, 1, box.rows, 1, 1};
+  std::array<uint32_t, 5> box_sizes{box.columns, box.heads, box.rows, 1, 1};
   std::array<uint32_t, 5> element_strides{1, 1, 1, 1, 1};
   CUtensorMapDataType type =
       tensor.dtype.code == kDLBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

@@ -29,10 +29,12 @@ struct TensorMapGeometry {
 // Throws ValueError, naming the tensor, for addresses and strides that TMA does not support.
 TensorMapGeometry tensor_map_geometry(const RowTensor& tensor);
 
-// The part of a tensor that one TMA instruction moves: `columns` columns of `rows` rows of one head.
+// The part of a tensor that one TMA instruction moves: `columns` columns of `rows` rows of `heads` heads; in shared
+// memory the heads of a row are neighbours.
 struct TensorMapBox {
   uint32_t columns;  // 64 or 32: rows of 128 or 64 bytes in shared memory, swizzled in that width
   uint32_t rows;
+  uint32_t heads = 1;
 };
 
 // Encodes on the host; out-of-bounds elements read as zero. Throws ValueError if the driver refuses.

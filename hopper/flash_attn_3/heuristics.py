@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .config import HEAD_DIM_TILES, PROMOTION_KEYS, ForwardConfig, SeqLayout
-from .problem import ForwardProblem
+from .config import HEAD_DIM_TILES, PROMOTION_KEYS, WARPGROUP_ROWS, ForwardConfig, SeqLayout
+from .problem import MAX_SEQLEN, ForwardProblem, Packing
 from .tile_table import HEAD_DIM_PAIRS, TileChoice, TileKey, forward_tiles
 
 #: Widest value tile; wider values (up to 512) run as several column passes.
 MAX_VALUE_TILE = 256
 #: Tiles of one launch; the kernels number them in 32 bits and count a few beyond the last.
 MAX_TILES = 2**31 - 2**16
+#: At most the rows of a warpgroup are packed together.
+MAX_PACKED_HEADS_LOG2 = WARPGROUP_ROWS.bit_length() - 1
+#: Heads are packed where their tiles are filled less than this share of what packed ones are.
+LEAST_FILLED_UNPACKED = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,7 @@ class ForwardPlan:
     Attributes:
         config: the kernel.
         num_ctas: persistent CTAs to launch (0: there is nothing to compute).
+        packed_heads_log2: log2 of the query heads that lie in one tile together.
         num_value_passes: column passes over values wider than the value tile.
         heads_per_section: how many (batch, head) pairs are worked on together, so that their keys and
             values stay in the L2 cache while the query blocks sweep over them.
@@ -30,6 +35,7 @@ class ForwardPlan:
 
     config: ForwardConfig
     num_ctas: int
+    packed_heads_log2: int
     num_value_passes: int
     heads_per_section: int
     promoted_floats: int
@@ -87,8 +93,10 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
     """The launch shape for a given choice; the tuner compares the choices that the table could hold."""
     config = _config(problem, choice)
     num_value_passes = max(1, -(-problem.head_dim_v // config.head_dim_v))
-    num_m_blocks = -(-problem.max_seqlen_q // config.block_m)
-    num_tiles = num_m_blocks * problem.batch * problem.heads_q * num_value_passes
+    packed_heads_log2 = _packed_heads_log2(problem, config.block_m)
+    num_m_blocks = -(-(problem.max_seqlen_q << packed_heads_log2) // config.block_m)
+    num_heads = (problem.heads_q >> packed_heads_log2) * num_value_passes
+    num_tiles = num_m_blocks * problem.batch * num_heads
     if num_tiles > MAX_TILES:
         raise ValueError(
             f"the problem has {num_tiles} tiles of {config.block_m} query rows (batch={problem.batch}, "
@@ -98,18 +106,42 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
     return ForwardPlan(
         config=config,
         num_ctas=num_ctas,
+        packed_heads_log2=packed_heads_log2,
         num_value_passes=num_value_passes,
-        heads_per_section=_heads_per_section(problem, num_value_passes, choice.l2_kv_bytes),
+        heads_per_section=_heads_per_section(problem, num_heads, choice.l2_kv_bytes),
         promoted_floats=num_ctas * config.promoted_floats if problem.max_seqlen_k > PROMOTION_KEYS else 0,
     )
 
 
-def _heads_per_section(problem: ForwardProblem, num_value_passes: int, l2_kv_bytes: int) -> int:
-    """Query heads (times value passes) whose keys and values fit in the L2 budget together; whole kv groups."""
+def _packed_heads_log2(problem: ForwardProblem, block_m: int) -> int:
+    """log2 of the query heads, a power of two of those that share a key head, that lie in one tile together.
+
+    More fill the tiles of short sequences better; where they do not, fewer leave more tiles to balance.
+    """
+    group = problem.heads_q // max(1, problem.heads_kv)
+    if group == 0 or problem.packing is Packing.NEVER:
+        return 0
+    largest = min((group & -group).bit_length() - 1, MAX_PACKED_HEADS_LOG2)
+    while largest > 0 and problem.max_seqlen_q << largest > MAX_SEQLEN:
+        largest -= 1
+    if problem.packing is Packing.ALWAYS:
+        return largest
+
+    def filled(log2_heads: int) -> float:
+        rows = problem.max_seqlen_q << log2_heads
+        return rows / (-(-rows // block_m) * block_m) if rows > 0 else 1.0
+
+    best = max(range(largest + 1), key=filled)
+    return best if filled(0) < LEAST_FILLED_UNPACKED * filled(best) else 0
+
+
+def _heads_per_section(problem: ForwardProblem, num_heads: int, l2_kv_bytes: int) -> int:
+    """How many of a sequence's `num_heads` (group of packed heads, value pass) pairs have keys and values that fit in
+    the L2 budget together; whole kv groups."""
     kv_bytes = max(1, problem.max_seqlen_k) * (problem.head_dim + problem.head_dim_v) * problem.dtype.num_bytes
     kv_heads = max(1, l2_kv_bytes // kv_bytes)
-    per_kv_head = problem.heads_q // problem.heads_kv * num_value_passes
-    limit = problem.heads_q * num_value_passes
+    per_kv_head = num_heads // problem.heads_kv
+    limit = num_heads
     if problem.seq_layout is SeqLayout.DENSE:
         limit *= max(1, problem.batch)
     return max(1, min(kv_heads * per_kv_head, limit))

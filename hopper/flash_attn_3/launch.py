@@ -14,7 +14,7 @@ from . import validation
 from .config import Dtype, Score, SeqLayout
 from .errors import UnsupportedDeviceError
 from .heuristics import ForwardPlan, plan_forward
-from .problem import ForwardProblem, ScoreScales, normalize_mask
+from .problem import ForwardProblem, Packing, ScoreScales, normalize_mask
 from .signature import ForwardSignature
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def forward_problem(call: ForwardSignature, num_sms: int) -> ForwardProblem:
         mask=normalize_mask(call.causal, call.window_size, call.attention_chunk, call.seqlen_q, call.seqlen_k),
         score=Score.SOFTCAP if call.softcap > 0 else Score.SCALED,
         seq_layout=SeqLayout.VARLEN if call.is_varlen else SeqLayout.DENSE,
+        packing={None: Packing.AUTO, True: Packing.ALWAYS, False: Packing.NEVER}[call.pack_gqa],
         num_sms=num_sms - call.sm_margin,
     )
 
@@ -148,6 +149,7 @@ def cuda_forward(
         max_seqlen_q=problem.max_seqlen_q,
         max_seqlen_k=problem.max_seqlen_k,
         num_ctas=plan.num_ctas,
+        packed_heads_log2=plan.packed_heads_log2,
         num_value_passes=plan.num_value_passes,
         heads_per_section=plan.heads_per_section,
         score_scale=scales.score_scale,

@@ -7,6 +7,7 @@ changes between calls of the same shape (pointers, strides, scales, the lengths 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 
 from .config import Dtype, Mask, Score, SeqLayout
@@ -61,6 +62,14 @@ def normalize_mask(
     return MaskSpec(Mask.LOCAL, left, right, min(attention_chunk, MAX_SEQLEN))
 
 
+class Packing(enum.Enum):
+    """Whether query heads that share a key head may lie in one tile. AUTO: where that fills tiles better."""
+
+    AUTO = enum.auto()
+    ALWAYS = enum.auto()
+    NEVER = enum.auto()
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardProblem:
     """One forward call, as far as the planner cares.
@@ -75,6 +84,7 @@ class ForwardProblem:
         score: whether a softcap is applied.
         seq_layout: VARLEN as soon as any of cu_seqlens_* or seqused_* is given.
         num_sms: multiprocessors the kernel may use (device count minus sm_margin).
+        packing: of query heads in tiles.
     """
 
     dtype: Dtype
@@ -89,6 +99,7 @@ class ForwardProblem:
     score: Score
     seq_layout: SeqLayout
     num_sms: int
+    packing: Packing = Packing.AUTO
 
 
 @dataclasses.dataclass(frozen=True)

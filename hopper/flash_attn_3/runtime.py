@@ -100,6 +100,7 @@ def forward_launcher(
     max_seqlen_q: int,
     max_seqlen_k: int,
     num_ctas: int,
+    packed_heads_log2: int,
     num_value_passes: int,
     heads_per_section: int,
     score_scale: float,
@@ -120,7 +121,7 @@ def forward_launcher(
     Args:
         handle: from `load_kernel`.
         max_seqlen_q, max_seqlen_k: longest sequence on each packed side; a dense side's is its tensor's.
-        num_ctas, num_value_passes, heads_per_section: the launch, from `heuristics.ForwardPlan`.
+        num_ctas, packed_heads_log2, num_value_passes, heads_per_section: the launch, from `heuristics.ForwardPlan`.
         score_scale: 1.0, or softmax_scale / softcap.
         exp2_scale: softmax_scale * log2(e), or softcap * log2(e).
         window_left, window_right: keys visible to each side of the diagonal, -1 for unlimited.
@@ -147,6 +148,7 @@ def forward_launcher(
         max_seqlen_q,
         max_seqlen_k,
         num_ctas,
+        packed_heads_log2,
         num_value_passes,
         heads_per_section,
         score_scale,

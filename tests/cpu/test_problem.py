@@ -1,6 +1,7 @@
 """Mask normalisation against brute force, and the planner over everything that may be asked of it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
 from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_forward
-from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, normalize_mask
+from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, Packing, normalize_mask
 from reference import AttentionOptions, visible_pairs
 
 LENGTHS = st.integers(0, 40)
@@ -95,6 +96,7 @@ def problems(draw) -> ForwardProblem:
         score=draw(st.sampled_from(Score)),
         seq_layout=draw(st.sampled_from(SeqLayout)),
         num_sms=draw(st.integers(1, 132)),
+        packing=draw(st.sampled_from(Packing)),
     )
 
 
@@ -116,7 +118,7 @@ def test_every_problem_has_a_valid_plan(problem):
 def test_too_many_tiles_are_refused():
     """I1: tile numbers are 32 bits wide."""
     problem = ForwardProblem(
-        Dtype.BF16, 2**24, 1, 1, 128, 1, 8, 8, MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, num_sms=132
+        Dtype.BF16, 2**24, 1, 1, 128, 128, 8, 8, MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, num_sms=132
     )
     with pytest.raises(ValueError, match=r"2147483648 tiles .* at most 2147418112 are supported"):
         plan_forward(problem)
@@ -143,6 +145,40 @@ def test_plan_depends_on_the_problem_alone(problem, num_sms):
     assert forward_config(dataclasses.replace(problem, num_sms=num_sms)) == first.config, (
         "results must not depend on the number of multiprocessors"
     )
+
+
+@given(problems())
+def test_packed_heads_share_a_key_head(problem):
+    packed = 2 ** plan_forward(problem).packed_heads_log2
+    assert packed <= 64
+    assert problem.heads_q // problem.heads_kv % packed == 0
+    assert packed * problem.max_seqlen_q <= MAX_SEQLEN or packed == 1
+    assert packed == 1 or problem.packing is not Packing.NEVER
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "group", "packing", "packed"),
+    [
+        (1, 8, Packing.AUTO, 8),
+        (1, 12, Packing.AUTO, 4),  # three tiles of four heads
+        (1, 7, Packing.AUTO, 1),
+        (1, 128, Packing.AUTO, 64),
+        (1, 8, Packing.NEVER, 1),
+        (100, 8, Packing.AUTO, 8),  # 800 of 896 rows in place of 100 of 128
+        (64, 8, Packing.AUTO, 2),  # two heads fill a tile
+        (128, 8, Packing.AUTO, 1),
+        (128, 8, Packing.ALWAYS, 8),
+        (8192, 8, Packing.AUTO, 1),
+    ],
+)
+def test_packing(seqlen_q, group, packing, packed):
+    problem = ForwardProblem(
+        *(Dtype.BF16, 2, seqlen_q, 8192, 2 * group, 2, 128, 128),
+        *(MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, 132, packing),
+    )
+    plan = plan_forward(problem)
+    assert 2**plan.packed_heads_log2 == packed
+    assert plan.num_ctas == min(132, 2 * 2 * group // packed * math.ceil(seqlen_q * packed / plan.config.block_m))
 
 
 def test_wide_values_take_two_passes():

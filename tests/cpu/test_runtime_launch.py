@@ -98,6 +98,7 @@ def test_dense_parameters(machine):
         "seqlen_k": 7,
         "row_bound_q": 5,
         "row_bound_k": 7,
+        "packed_heads_log2": 1,
         "num_value_passes": 1,
         "heads_per_section": 6,
         "score_scale": 0.5,
@@ -164,10 +165,10 @@ def test_every_tensor_has_its_own_map(machine):
     maps = {name: encoded[launch["params"][name] - 1] for name in "qkvo"}
     bf16, none, zeros, swizzle_64, swizzle_128 = 9, 0, 0, 2, 3  # values of cuda.h's enumerations
     expected = {
-        "q": (Q_ADDRESS, [64, 6, 5, 6, 2], [128, 768, 768, 3840], [64, 1, 64, 1, 1], swizzle_128),
+        "q": (Q_ADDRESS, [64, 6, 5, 6, 2], [128, 768, 768, 3840], [64, 2, 32, 1, 1], swizzle_128),
         "k": (K_ADDRESS, [64, 3, 7, 8, 2], [128, 384, 384, 2688], [64, 1, 176, 1, 1], swizzle_128),
         "v": (V_ADDRESS, [128, 3, 7, 8, 2], [256, 768, 768, 5376], [32, 1, 176, 1, 1], swizzle_64),
-        "o": (OUT_ADDRESS, [128, 6, 5, 6, 2], [256, 1536, 1536, 7680], [32, 1, 64, 1, 1], swizzle_64),
+        "o": (OUT_ADDRESS, [128, 6, 5, 6, 2], [256, 1536, 1536, 7680], [32, 2, 32, 1, 1], swizzle_64),
     }
     for name, (address, sizes, strides, box, swizzle) in expected.items():
         assert maps[name] == {

@@ -41,7 +41,8 @@ class HandedTile(ctypes.Structure):
 
 class ShimProblem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("batch", "heads_q", "num_value_passes", "heads_per_section")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads_q", "packed_heads_log2")),
+        *((name, ctypes.c_int32) for name in ("num_value_passes", "heads_per_section")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k")),
         *((name, INT32_POINTER) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")),
     )
@@ -74,7 +75,8 @@ class Problem:
     mask: Mask
     layout: SeqLayout
     batch: int
-    heads_q: int
+    head_groups: int
+    packed_heads_log2: int
     num_value_passes: int
     heads_per_section: int
     q: Side
@@ -82,17 +84,20 @@ class Problem:
 
     def tiles(self) -> list[Tile]:
         """Every tile, in the order of schedule.h: numbered over the whole batch, or sequence by sequence."""
-        heads = self.heads_q * self.num_value_passes
+        heads = self.head_groups * self.num_value_passes
+        packed = 2**self.packed_heads_log2
         block_m = shim().block_m()
         if self.layout is SeqLayout.DENSE:
-            order = in_order(self.mask, -(-self.q.seqlen // block_m), heads * self.batch, self.heads_per_section)
+            order = in_order(
+                self.mask, -(-self.q.seqlen * packed // block_m), heads * self.batch, self.heads_per_section
+            )
             return [(triple // heads, m_block, triple % heads) for m_block, triple in order]
         tiles = []
         lengths = zip(self.q.lengths(self.batch), self.k.lengths(self.batch), strict=True)
         for batch, (len_q, len_k) in enumerate(lengths):
             # As many heads as have the keys of heads_per_section longest sequences.
             section = self.heads_per_section * max(1, self.k.seqlen) // max(1, len_k)
-            order = in_order(self.mask, -(-len_q // block_m), heads, min(heads, max(1, section)))
+            order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)))
             tiles += [(batch, m_block, head) for m_block, head in order]
         return tiles
 
@@ -137,7 +142,8 @@ def launch_grid(problem: Problem, launch: Launch, counter: TileCounter, max_tile
     """Runs a launch. Returns (CTA, tile) pairs in the order in which they were handed out."""
     index_arrays = problem.q.cu_seqlens(), problem.k.cu_seqlens(), problem.q.used, problem.k.used
     arguments = ShimProblem(
-        *(problem.batch, problem.heads_q, problem.num_value_passes, problem.heads_per_section),
+        *(problem.batch, problem.head_groups << problem.packed_heads_log2, problem.packed_heads_log2),
+        *(problem.num_value_passes, problem.heads_per_section),
         *(problem.q.seqlen, problem.k.seqlen, *map(int32_array, index_arrays)),
     )
     handed = (HandedTile * max_tiles)()
@@ -221,9 +227,11 @@ launches = st.lists(st.builds(Launch, st.integers(1, 8), st.binary(min_size=1, m
 
 
 def problems(layout: SeqLayout, batch: int, q: Side, k: Side) -> st.SearchStrategy[Problem]:
-    heads, passes, heads_per_section = st.integers(1, 3), st.integers(1, 3), st.integers(1, 8)
+    groups, packed, passes, heads_per_section = (st.integers(*ends) for ends in ((1, 3), (0, 2), (1, 3), (1, 8)))
     fixed = map(st.just, (layout, batch))
-    return st.builds(Problem, st.sampled_from(Mask), *fixed, heads, passes, heads_per_section, st.just(q), st.just(k))
+    return st.builds(
+        Problem, st.sampled_from(Mask), *fixed, groups, packed, passes, heads_per_section, st.just(q), st.just(k)
+    )
 
 
 @st.composite
@@ -262,7 +270,7 @@ def varlen_problems(draw: st.DrawFn) -> Problem:
 
 def varlen_problem(*segments: int, mask: Mask = Mask.CAUSAL) -> Problem:
     side = Side(max(segments, default=0), segments)
-    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 1, 1, side, side)
+    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, side, side)
 
 
 TWO_LAUNCHES = [Launch(3, b"\0\1\2\2"), Launch(5)]

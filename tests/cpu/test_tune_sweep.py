@@ -47,7 +47,18 @@ def tuner(workbench, tmp_path, monkeypatch):
         monkeypatch.setattr(command_line, "Worker", functools.partial(Worker, command=fake))
         files = ["--table", str(tmp_path / "table.json"), "--report", str(tmp_path / "tune.json"), "--commit", "abc"]
         small = ["--head-dim", "128", "--mask", "causal", "--block-m", "128", "--num-stages", "2", "--jobs", "2"]
-        fixed = ["--schedule", "ping_pong", "--rescale", "eager", "--output-buffer", "own", "--num-q-stages", "1", "--polynomial-exp2-of-16", "0"]
+        fixed = [
+            "--schedule",
+            "ping_pong",
+            "--rescale",
+            "eager",
+            "--output-buffer",
+            "own",
+            "--num-q-stages",
+            "1",
+            "--polynomial-exp2-of-16",
+            "0",
+        ]
         return command_line.main([*files, *small, *fixed, *arguments])
 
     run.table = lambda: tile_table.read(tmp_path / "table.json")

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "enums.h"
+#include "packing.h"
 #include "platform.h"
 
 namespace fa {
@@ -44,11 +45,11 @@ struct Visibility {
     return {begin, max_of(begin, end)};
   }
 
-  // Both ends of keys() grow with the row, so the first and the last row of a tile bound all others.
+  // Both ends of keys() grow with the row, so the first and the last position of a tile bound all others.
   template <int kBlockM, int kBlockN>
-  FA_HOST_DEVICE BlockRange blocks(int m_block) const {
-    const KeyRange first = keys(m_block * kBlockM);
-    const KeyRange last = keys(min_of(len_q, (m_block + 1) * kBlockM) - 1);
+  FA_HOST_DEVICE BlockRange blocks(int m_block, Packing packing) const {
+    const KeyRange first = keys(packing.position(m_block * kBlockM));
+    const KeyRange last = keys(min_of(len_q - 1, packing.position((m_block + 1) * kBlockM - 1)));
     const int begin = first.begin / kBlockN;
     const int end = max_of(begin, ceil_div(last.end, kBlockN));
     const int full_begin = min_of(max_of(begin, ceil_div(last.begin, kBlockN)), end);

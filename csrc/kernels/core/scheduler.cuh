@@ -4,6 +4,7 @@
 #include "../params.h"
 #include "block_range.h"
 #include "enums.h"
+#include "packing.h"
 #include "schedule.h"
 #include "seqlen.h"
 
@@ -39,6 +40,11 @@ class TileQueue {
   int next_ = int(blockIdx.x);  // of lane 0
 };
 
+// What the tiles of a sequence are numbered over, beside query blocks: (group of packed heads, value pass) pairs.
+FA_DEVICE int scheduled_heads(const ForwardParams& params) {
+  return (params.heads_q >> params.packed_heads_log2) * params.num_value_passes;
+}
+
 template <class Traits, SeqLayout kSeqLayout = Traits::kSeqLayout>
 class Scheduler;
 
@@ -48,8 +54,8 @@ class Scheduler<Traits, SeqLayout::kDense> {
  public:
   // Counts are derived anew each time: the producer has few registers.
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
-    const int num_heads = params.heads_q * params.num_value_passes;
-    const int num_m_blocks = ceil_div(params.seqlen_q, Traits::kBlockM);
+    const int num_heads = scheduled_heads(params);
+    const int num_m_blocks = ceil_div(Packing{params.packed_heads_log2}.rows(params.seqlen_q), Traits::kBlockM);
     const int index = queue_.take(params.tile_counter);
     if (index >= num_m_blocks * num_heads * params.batch) return {false, 0, {}};
     TilePosition position =
@@ -73,12 +79,10 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
     const int index = queue_.take(params.tile_counter);
     const int lane = threadIdx.x % kWarpThreads;
-    const int num_heads = params.heads_q * params.num_value_passes;
+    const int num_heads = scheduled_heads(params);
     for (; group_ < params.batch; group_ += kWarpThreads) {
       const int batch = group_ + lane;
-      const int m_blocks = batch < params.batch
-                               ? ceil_div(query_sequence<SeqLayout::kVarlen>(params, batch).length, Traits::kBlockM)
-                               : 0;
+      const int m_blocks = batch < params.batch ? num_m_blocks(params, batch) : 0;
       const int tiles_up_to = inclusive_scan(m_blocks * num_heads, lane);
       const unsigned ends_after = __ballot_sync(~0u, tiles_before_ + tiles_up_to > index);
       if (ends_after != 0) {
@@ -95,10 +99,15 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
 
  private:
+  FA_DEVICE static int num_m_blocks(const ForwardParams& params, int batch) {
+    const int length = query_sequence<SeqLayout::kVarlen>(params, batch).length;
+    return ceil_div(Packing{params.packed_heads_log2}.rows(length), Traits::kBlockM);
+  }
+
   // `heads_per_section` was chosen for the longest sequence; a shorter one lets more heads share the L2 cache.
   // Floats, since a 64-bit division costs more registers than the producer has; all CTAs get the same result.
   FA_DEVICE TilePosition position(const ForwardParams& params, int batch, int index, int num_m_blocks) const {
-    const int num_heads = params.heads_q * params.num_value_passes;
+    const int num_heads = scheduled_heads(params);
     const int length = max_of(1, key_sequence<SeqLayout::kVarlen>(params, batch).length);
     const float fitting = float(params.heads_per_section) * float(max_of(1, params.seqlen_k)) / float(length);
     const int heads_per_section = fitting < float(num_heads) ? int(fitting) : num_heads;

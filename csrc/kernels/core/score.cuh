@@ -4,6 +4,7 @@
 #include "../params.h"
 #include "enums.h"
 #include "fragment.cuh"
+#include "packing.h"
 #include "platform.h"
 #include "ptx.cuh"
 
@@ -35,13 +36,16 @@ struct ScorePolicy<Score::kSoftcap> {
   }
 };
 
-// Applies the hook to a block. `first`: coordinates of row 0, column 0 of the thread's part of the fragment.
+// Applies the hook to a block. `first`: what the thread's part of the fragment has at column 0, for the tile's first
+// head; `row`: the thread's first row, as the tiles count them.
 template <Score kScore, int kSize>
-FA_DEVICE void apply_score(float (&scores)[kSize], const ScoreCoord& first, const ForwardParams& params) {
+FA_DEVICE void apply_score(float (&scores)[kSize], const ScoreCoord& first, int row, const ForwardParams& params) {
+  const Packing packing = {params.packed_heads_log2};
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     ScoreCoord coord = first;
-    coord.query += 8 * register_row(i);
+    coord.query = packing.position(row + 8 * register_row(i));
+    coord.head_q += packing.head(row + 8 * register_row(i));
     coord.key += register_column(i);
     scores[i] = ScorePolicy<kScore>::fwd(scores[i], coord, params);
   }

@@ -38,6 +38,7 @@ class Epilogue {
   static constexpr int kChunkBytes = kWarpgroupRows * Shape::kSwizzleBytesV;
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+  FA_DEVICE Packing packing() const { return {params_.packed_heads_log2}; }
 
   FA_DEVICE void stage_and_send(TileMma<Traits>& mma, const WorkTile& tile, int first_row) {
     wait_buffer_free();
@@ -45,7 +46,7 @@ class Epilogue {
     // The copy engine reads what these threads wrote by ordinary stores.
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup(warpgroup_);
-    if (leads() && first_row < tile.q.length) send(tile, first_row);
+    if (leads() && packing().position(first_row) < tile.q.length) send(tile, packing().position(first_row));
     if constexpr (!Shape::kOwnOutputBuffer) {
       if (leads()) cute::tma_store_wait<0>();
       mma.release_q_with_output();
@@ -57,19 +58,22 @@ class Epilogue {
         params_.lse + tile.batch * params_.lse_batch_stride + tile.head_q * params_.lse_head_stride + tile.q.offset;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      if (fragment_column() == 0 && row + 8 * r < tile.q.length) rows[row + 8 * r] = lse[r];
+      const int position = packing().position(row + 8 * r), head = packing().head(row + 8 * r);
+      if (fragment_column() == 0 && position < tile.q.length) rows[head * params_.lse_head_stride + position] = lse[r];
     }
   }
 
   // out (64 x head_dim_v) to memory, 32 columns at a time: a quad holds eight pairs of a row, and each of its threads
   // stores 8 columns of it. `row`: the thread's first.
   FA_DEVICE void store_fragment(const Fragment& out, const WorkTile& tile, int row) const {
-    const int64_t first = tile.q.batch * params_.out_batch_stride +
-                          int64_t(tile.q.offset + row) * params_.out_row_stride + tile.head_q * params_.out_head_stride;
+    uint16_t* const sequence = static_cast<uint16_t*>(params_.out) + tile.q.batch * params_.out_batch_stride +
+                               tile.q.offset * params_.out_row_stride + tile.head_q * params_.out_head_stride;
     const int first_column = tile.value_pass * Traits::kHeadDimV + threadIdx.x % 4 * 8;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      uint16_t* address = static_cast<uint16_t*>(params_.out) + first + 8 * r * params_.out_row_stride + first_column;
+      const int position = packing().position(row + 8 * r), head = packing().head(row + 8 * r);
+      uint16_t* const address =
+          sequence + position * params_.out_row_stride + head * params_.out_head_stride + first_column;
 #pragma unroll
       for (int column = 0; column < Traits::kHeadDimV; column += 32) {
         uint32_t pairs[4];
@@ -79,7 +83,7 @@ class Epilogue {
           pairs[group] = pack<Traits::kDtype>(out[i], out[i + 1]);
         }
         const uint4 columns = transpose_quad(pairs);
-        const bool exists = row + 8 * r < tile.q.length && first_column + column < params_.head_dim_v;
+        const bool exists = position < tile.q.length && first_column + column < params_.head_dim_v;
         if (exists) *reinterpret_cast<uint4*>(address + column) = columns;
       }
     }
@@ -118,12 +122,12 @@ class Epilogue {
                  : "memory");
   }
 
-  FA_DEVICE void send(const WorkTile& tile, int first_row) {
+  FA_DEVICE void send(const WorkTile& tile, int position) {
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kHeadDimV / kChunkColumns; ++chunk) {
       cute::SM90_TMA_STORE_5D::copy(&params_.o, smem_.output(warpgroup_) + chunk * kChunkBytes,
                                     tile.value_pass * Traits::kHeadDimV + chunk * kChunkColumns, tile.head_q,
-                                    tile.q.map_row(params_.row_bound_q, first_row), tile.q.map_origin(), tile.q.batch);
+                                    tile.q.map_row(params_.row_bound_q, position), tile.q.map_origin(), tile.q.batch);
     }
     cute::tma_store_arrive();
   }

@@ -52,18 +52,21 @@ class Producer {
     }
   }
 
+  FA_DEVICE Packing packing() const { return {params_.packed_heads_log2}; }
+
   FA_DEVICE WorkTile work_tile(const ScheduledTile& scheduled) const {
-    const int head_q = scheduled.position.head / params_.num_value_passes;
+    const int group = scheduled.position.head / params_.num_value_passes;
+    const int head_q = packing().rows(group);
     WorkTile tile;
     tile.m_block = scheduled.position.m_block;
     tile.batch = scheduled.batch;
     tile.head_q = head_q;
     tile.head_kv = head_q / (params_.heads_q / params_.heads_kv);
-    tile.value_pass = scheduled.position.head - head_q * params_.num_value_passes;
+    tile.value_pass = scheduled.position.head - group * params_.num_value_passes;
     tile.q = query_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
     tile.k = key_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
     tile.blocks = tile_visibility<Traits>(params_, tile)
-                      .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block)
+                      .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
                       .at_least_one();
     return tile;
   }
@@ -114,7 +117,8 @@ class Producer {
       ring.wait_empty(q_stage_);
       load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes>(
           params_.q, &ring.full[q_stage_.index()], CacheHint::EVICT_FIRST, smem_.q[q_stage_.index()][warpgroup], 0,
-          tile.head_q, tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows, params_.row_bound_q, tile.q);
+          tile.head_q, packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows),
+          params_.row_bound_q, tile.q);
     }
     q_stage_.advance();
   }
@@ -135,9 +139,9 @@ class Producer {
     v_stage_.advance();
   }
 
-  // One tile of kRows x kColumns, column chunk by column chunk, from row `row` of the sequence. Where no row is left,
-  // nothing is asked for (see params.h) and the buffer keeps what it holds: those rows' results are never stored, and
-  // those keys are masked.
+  // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence. Where no row is
+  // left, nothing is asked for (see params.h) and the buffer keeps what it holds: those rows' results are never stored,
+  // and those keys are masked.
   template <int kRows, int kColumns, int kSwizzleBytes>
   FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
                              int head, int row, int row_bound, const Sequence& sequence) {

@@ -159,7 +159,8 @@ class TileMma {
   FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
     apply_hook(tile, scores, n_block);
     if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !tile.blocks.is_full(n_block))) {
-      mask_scores(scores, tile_visibility<Traits>(params_, tile), first_row(tile), n_block * Traits::kBlockN);
+      mask_scores(scores, tile_visibility<Traits>(params_, tile), Packing{params_.packed_heads_log2}, first_row(tile),
+                  n_block * Traits::kBlockN);
     }
     constexpr int kPolynomialOf16 = kKind == BlockKind::kFull ? Traits::kPolynomialExp2Of16 : 0;
     softmax.template update<kPolynomialOf16>(scores, params_.exp2_scale);
@@ -168,9 +169,8 @@ class TileMma {
   FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {
     if constexpr (Traits::kScore != Score::kScaled) {
       apply_score<Traits::kScore>(
-          scores,
-          {tile.batch, tile.head_q, tile.head_kv, first_row(tile), n_block * Traits::kBlockN + fragment_column()},
-          params_);
+          scores, {tile.batch, tile.head_q, tile.head_kv, /*query=*/0, n_block * Traits::kBlockN + fragment_column()},
+          first_row(tile), params_);
     }
   }
 
@@ -190,7 +190,7 @@ class TileMma {
     cute::warpgroup_commit_batch();
   }
 
-  // The sequence's row that is the thread's first.
+  // The thread's first row, as the tiles count them (core/packing.h).
   FA_DEVICE int first_row(const WorkTile& tile) const {
     return tile.m_block * Traits::kBlockM + turn_.warpgroup * kWarpgroupRows + fragment_row();
   }

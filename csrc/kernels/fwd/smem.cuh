@@ -12,7 +12,7 @@ namespace fa {
 struct WorkTile {
   int m_block;  // kNoMoreWork: the CTA is done
   int batch;
-  int head_q;
+  int head_q;  // the first of those packed together
   int head_kv;
   int value_pass;
   Sequence q;
