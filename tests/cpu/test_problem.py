@@ -181,6 +181,21 @@ def test_packing(seqlen_q, group, packing, packed):
     assert plan.num_ctas == min(132, 2 * 2 * group // packed * math.ceil(seqlen_q * packed / plan.config.block_m))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(512, 512), (2048, 2048), (8192, 8192), (2048, 8192), (8192, 2048)])
+def test_a_section_lasts_as_long_as_its_longest_tile(head_dim, seqlen_q, seqlen_k):
+    """Or the launch would end with one long tile, and idle multiprocessors."""
+    problem = ForwardProblem(
+        *(Dtype.BF16, 64, seqlen_q, seqlen_k, 16, 16, head_dim, head_dim),
+        *(MaskSpec(Mask.CAUSAL, UNLIMITED, 0), Score.SCALED, SeqLayout.DENSE, 132),
+    )
+    plan = plan_forward(problem)
+    block_m = plan.config.block_m
+    ends = range(block_m, seqlen_q + block_m, block_m)
+    visible = [max(0, min(seqlen_k, seqlen_k - seqlen_q + end)) for end in ends]
+    assert plan.heads_per_section * sum(visible) / problem.num_sms >= 0.9 * max(visible)
+
+
 def test_wide_values_take_two_passes():
     """The 64/512 shape: two column passes of 256."""
     mask = MaskSpec(Mask.FULL)

@@ -102,7 +102,7 @@ def test_the_planner_takes_the_class_of_the_longest_query(table, data):
 def test_the_budget_decides_how_many_heads_share_the_cache():
     key = TileKey(128, 128, Mask.CAUSAL, Score.SCALED)
     problem = ForwardProblem(
-        Dtype.BF16, 1, 8192, 8192, 16, 8, 128, 128, MaskSpec(Mask.CAUSAL), Score.SCALED, SeqLayout.DENSE, 132
+        Dtype.BF16, 1, 8192, 8192, 16, 8, 128, 128, MaskSpec(Mask.CAUSAL), Score.SCALED, SeqLayout.DENSE, num_sms=1
     )
     tile = TABLE.choice(key, 8192).tile
     kv_head_bytes = 8192 * (128 + 128) * 2

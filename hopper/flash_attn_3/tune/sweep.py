@@ -18,7 +18,7 @@ from .build import Built
 from .choice import Decision, ShapeTimes, decide, ranking, without_class
 from .job import Job, Variant
 from .process import Measured
-from .shapes import LengthClass, TuneShape
+from .shapes import NUM_SMS, LengthClass, TuneShape
 
 
 class Measurer(Protocol):
@@ -206,7 +206,7 @@ class KeySweep:
         self, shape: TuneShape, present: TileChoice, choices: Sequence[TileChoice]
     ) -> dict[Variant, list[TileChoice]]:
         """Launches that differ -> the choices that lead to them: budgets often allow the same number of heads."""
-        problem = shape.problem(num_sms=1)  # how many heads are worked on together does not depend on it
+        problem = shape.problem(num_sms=NUM_SMS)
         groups: dict[tuple[ForwardConfig, int], list[TileChoice]] = {}
         for choice in choices:
             plan = plan_choice(problem, choice)
