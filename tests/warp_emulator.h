@@ -195,6 +195,10 @@ inline int __shfl_up_sync(unsigned mask, int value, int distance) {
   return emulator::Grid::running().meet(mask, emulator::Collective::kShuffleUp, value, distance);
 }
 
+inline int __shfl_xor_sync(unsigned mask, int value, int distance) {
+  return emulator::Grid::running().meet(mask, emulator::Collective::kShuffle, value, int(threadIdx.x) ^ distance);
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return unsigned(emulator::Grid::running().meet(mask, emulator::Collective::kBallot, predicate));
 }

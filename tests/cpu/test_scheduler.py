@@ -19,6 +19,8 @@ from flash_attn_3.heuristics import MAX_TILES
 #: Around one and two scans of 32 sequences.
 BATCHES = (0, 1, 2, 31, 32, 33, 64, 65, 100)
 MAX_LENGTH = 18
+#: Enough that sequences are told apart by their keys, 16 of which are one to the scheduler.
+MAX_KEYS = 90
 INT32_MAX = 2**31 - 1
 
 INT32_POINTER = ctypes.POINTER(ctypes.c_int32)
@@ -93,8 +95,10 @@ class Problem:
             )
             return [(triple // heads, m_block, triple % heads) for m_block, triple in order]
         tiles = []
-        lengths = zip(self.q.lengths(self.batch), self.k.lengths(self.batch), strict=True)
-        for batch, (len_q, len_k) in enumerate(lengths):
+        lens_q, lens_k = self.q.lengths(self.batch), self.k.lengths(self.batch)
+        # Of every 32 sequences those with the most keys come first, as far as 16 keys tell.
+        for batch in sorted(range(self.batch), key=lambda b: (b // 32, -(lens_k[b] // 16), b)):
+            len_q, len_k = lens_q[batch], lens_k[batch]
             # As many heads as have the keys of heads_per_section longest sequences.
             section = self.heads_per_section * max(1, self.k.seqlen) // max(1, len_k)
             order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)))
@@ -242,9 +246,9 @@ def dense_problems(draw: st.DrawFn) -> Problem:
 
 
 @st.composite
-def sides(draw: st.DrawFn, batch: int) -> Side:
+def sides(draw: st.DrawFn, batch: int, max_length: int) -> Side:
     """Packed or dense, with or without seqused, with runs of equal lengths longer than one and two scans."""
-    lengths = st.one_of(st.just(0), st.integers(1, MAX_LENGTH))
+    lengths = st.one_of(st.just(0), st.integers(1, max_length))
     segments = None
     if draw(st.booleans()):
         segments = []
@@ -253,7 +257,7 @@ def sides(draw: st.DrawFn, batch: int) -> Side:
         segments = tuple(segments[:batch])
     used = None
     if draw(st.booleans()):
-        pattern = draw(st.lists(st.integers(-2, MAX_LENGTH + 5), min_size=1, max_size=7))
+        pattern = draw(st.lists(st.integers(-2, max_length + 5), min_size=1, max_size=7))
         used = tuple(itertools.islice(itertools.cycle(pattern), batch))
     return Side(draw(lengths), segments, used)
 
@@ -261,7 +265,7 @@ def sides(draw: st.DrawFn, batch: int) -> Side:
 @st.composite
 def varlen_problems(draw: st.DrawFn) -> Problem:
     batch = draw(st.one_of(st.sampled_from(BATCHES), st.integers(0, 6)))
-    q, k = draw(sides(batch)), draw(sides(batch))
+    q, k = draw(sides(batch, MAX_LENGTH)), draw(sides(batch, MAX_KEYS))
     if k.segments is not None and draw(st.booleans()):
         # A caller's max_seqlen_k may be far above the longest sequence.
         k = dataclasses.replace(k, seqlen=draw(st.integers(10**6, INT32_MAX)))

@@ -72,7 +72,8 @@ class Scheduler<Traits, SeqLayout::kDense> {
 };
 
 // Lengths known to the device alone: tiles are numbered sequence by sequence, and the warp scans 32 sequences at a
-// time for the one that holds its next index. Indices only grow, so the scan never goes back.
+// time for the one that holds its next index. Indices only grow, so the scan never goes back. Of the 32, those with the
+// most keys come first: their tiles take longest, and none should be left for the end.
 template <class Traits>
 class Scheduler<Traits, SeqLayout::kVarlen> {
  public:
@@ -80,16 +81,17 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
     const int index = queue_.take(params.tile_counter);
     const int lane = threadIdx.x % kWarpThreads;
     const int num_heads = scheduled_heads(params);
-    for (; group_ < params.batch; group_ += kWarpThreads) {
-      const int batch = group_ + lane;
-      const int m_blocks = batch < params.batch ? num_m_blocks(params, batch) : 0;
+    for (; group_ < params.batch; group_ += kWarpThreads, sequence_ = kNotSorted) {
+      if (sequence_ == kNotSorted) sequence_ = longest_first(params, lane);
+      const int m_blocks = sequence_ < params.batch ? num_m_blocks(params, sequence_) : 0;
       const int tiles_up_to = inclusive_scan(m_blocks * num_heads, lane);
       const unsigned ends_after = __ballot_sync(~0u, tiles_before_ + tiles_up_to > index);
       if (ends_after != 0) {
         const int owner = __ffs(int(ends_after)) - 1;
         const int owner_blocks = __shfl_sync(~0u, m_blocks, owner);
         const int owner_begin = tiles_before_ + __shfl_sync(~0u, tiles_up_to, owner) - owner_blocks * num_heads;
-        return {true, group_ + owner, position(params, group_ + owner, index - owner_begin, owner_blocks)};
+        const int batch = __shfl_sync(~0u, sequence_, owner);
+        return {true, batch, position(params, batch, index - owner_begin, owner_blocks)};
       }
       tiles_before_ += __shfl_sync(~0u, tiles_up_to, kWarpThreads - 1);
     }
@@ -99,6 +101,32 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
 
  private:
+  static constexpr int kNotSorted = -1;
+
+  // The sequence of the group that this lane stands for; params.batch or more: none.
+  FA_DEVICE int longest_first(const ForwardParams& params, int lane) const {
+    // 16 keys more or less do not matter; then 5 bits are left for the place in the group, the first one being largest.
+    int rank = -1;
+    if (group_ + lane < params.batch) {
+      const int length = key_sequence<SeqLayout::kVarlen>(params, group_ + lane).length;
+      rank = length / 16 * kWarpThreads + (kWarpThreads - 1 - lane);
+    }
+    rank = sort_falling(rank, lane);
+    return rank < 0 ? params.batch : group_ + kWarpThreads - 1 - rank % kWarpThreads;
+  }
+
+  // Bitonic: runs of 2, 4, ... lanes, every other one rising, are merged.
+  FA_DEVICE static int sort_falling(int value, int lane) {
+    for (int run = 2; run <= kWarpThreads; run *= 2) {
+      for (int distance = run / 2; distance > 0; distance /= 2) {
+        const int other = __shfl_xor_sync(~0u, value, distance);
+        const bool takes_larger = ((lane & distance) == 0) == ((lane & run) == 0);
+        value = takes_larger ? max_of(value, other) : min_of(value, other);
+      }
+    }
+    return value;
+  }
+
   FA_DEVICE static int num_m_blocks(const ForwardParams& params, int batch) {
     const int length = query_sequence<SeqLayout::kVarlen>(params, batch).length;
     return ceil_div(Packing{params.packed_heads_log2}.rows(length), Traits::kBlockM);
@@ -124,7 +152,8 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   }
 
   TileQueue queue_;
-  int group_ = 0;         // first of the 32 sequences under the scan
+  int group_ = 0;  // first of the 32 sequences under the scan
+  int sequence_ = kNotSorted;
   int tiles_before_ = 0;  // tiles of all sequences before them
 };
 
