@@ -73,7 +73,8 @@ std::string params_fields(const fa::ForwardParams& p) {
        << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
        << field("row_bound_k", p.row_bound_k) << ", " << field("packed_heads_log2", p.packed_heads_log2) << ", "
        << field("num_value_passes", p.num_value_passes) << ", " << field("heads_per_section", p.heads_per_section)
-       << ", " << field("score_scale", p.score_scale) << ", " << field("exp2_scale", p.exp2_scale) << ", "
+       << ", " << field("least_heads_in_last_section", p.least_heads_in_last_section) << ", "
+       << field("score_scale", p.score_scale) << ", " << field("exp2_scale", p.exp2_scale) << ", "
        << field("window_left", p.window_left) << ", " << field("window_right", p.window_right) << ", "
        << field("attention_chunk", p.attention_chunk);
   return text.str();

@@ -45,6 +45,7 @@ def dense_call(device: int = 0, **changes: Any) -> dict[str, Any]:
         "packed_heads_log2": 1,
         "num_value_passes": 1,
         "heads_per_section": 6,
+        "least_heads_in_last_section": 5,
         "score_scale": 0.5,
         "exp2_scale": 0.25,
         "window_left": 3,

@@ -15,7 +15,8 @@
 
 // These have twins in tests/cpu/test_scheduler.py.
 struct Problem {
-  int32_t batch, heads_q, packed_heads_log2, num_value_passes, heads_per_section, seqlen_q, seqlen_k;
+  int32_t batch, heads_q, packed_heads_log2, num_value_passes, heads_per_section, least_heads_in_last_section, seqlen_q,
+      seqlen_k;
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 };
 
@@ -112,12 +113,12 @@ std::string run(fa::Mask mask, const Args&... args) {
 extern "C" int block_m() { return kBlockM; }
 
 extern "C" void tile_position(fa::Mask mask, int index, int num_m_blocks, int num_heads, int heads_per_section,
-                              fa::TilePosition* position) {
-  *position = mask == fa::Mask::kFull
-                  ? fa::tile_position<fa::Mask::kFull>(index, num_m_blocks, num_heads, heads_per_section)
+                              int least_heads_in_last_section, fa::TilePosition* position) {
+  const fa::Sections sections = {heads_per_section, least_heads_in_last_section};
+  *position = mask == fa::Mask::kFull ? fa::tile_position<fa::Mask::kFull>(index, num_m_blocks, num_heads, sections)
               : mask == fa::Mask::kCausal
-                  ? fa::tile_position<fa::Mask::kCausal>(index, num_m_blocks, num_heads, heads_per_section)
-                  : fa::tile_position<fa::Mask::kLocal>(index, num_m_blocks, num_heads, heads_per_section);
+                  ? fa::tile_position<fa::Mask::kCausal>(index, num_m_blocks, num_heads, sections)
+                  : fa::tile_position<fa::Mask::kLocal>(index, num_m_blocks, num_heads, sections);
 }
 
 // Writes the tiles in the order in which they were handed out. Returns what went wrong, or an empty string; it is valid
@@ -140,6 +141,7 @@ extern "C" const char* launch(fa::Mask mask, fa::SeqLayout layout, const Problem
   params.packed_heads_log2 = problem->packed_heads_log2;
   params.num_value_passes = problem->num_value_passes;
   params.heads_per_section = problem->heads_per_section;
+  params.least_heads_in_last_section = problem->least_heads_in_last_section;
   params.seqlen_q = problem->seqlen_q;
   params.seqlen_k = problem->seqlen_k;
 

@@ -70,6 +70,7 @@ struct alignas(128) ForwardParams {
   int32_t packed_heads_log2;  // query heads that lie in one tile together (core/packing.h); they share a key head
   int32_t num_value_passes;   // column passes over values wider than the value tile
   int32_t heads_per_section;  // (batch, head, pass) triples that are worked on together
+  int32_t least_heads_in_last_section;
 
   // The score of a pair is score_scale * (q . k) without softcap, or tanh(score_scale * (q . k)) with it.
   // The softmax is taken in base 2 over score * exp2_scale (without softcap score_scale is 1 and unused).

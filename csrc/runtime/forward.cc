@@ -60,6 +60,8 @@ void fill_options(ForwardParams& params, const ForwardOptions& options) {
   params.packed_heads_log2 = checked_int32("packed_heads_log2", options.packed_heads_log2, 0);
   params.num_value_passes = checked_int32("num_value_passes", options.num_value_passes, 1);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
+  params.least_heads_in_last_section =
+      checked_int32("least_heads_in_last_section", options.least_heads_in_last_section, 0);
   params.score_scale = static_cast<float>(options.score_scale);
   params.exp2_scale = static_cast<float>(options.exp2_scale);
   params.window_left = checked_int32("window_left", options.window_left, kUnlimited);

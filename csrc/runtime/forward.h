@@ -36,6 +36,7 @@ struct ForwardOptions {
   int64_t packed_heads_log2;
   int64_t num_value_passes;
   int64_t heads_per_section;
+  int64_t least_heads_in_last_section;
   double score_scale;
   double exp2_scale;
   int64_t window_left;

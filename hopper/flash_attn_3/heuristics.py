@@ -31,6 +31,8 @@ class ForwardPlan:
         num_value_passes: column passes over values wider than the value tile.
         heads_per_section: how many (batch, head) pairs are worked on together, so that their keys and
             values stay in the L2 cache while the query blocks sweep over them.
+        least_heads_in_last_section: so many, or all, are worked on together at the end of the launch, so that it
+            ends with short tiles.
         promoted_floats: fp32 elements of scratch that the launch needs; 0 but for very long sequences.
     """
 
@@ -39,6 +41,7 @@ class ForwardPlan:
     packed_heads_log2: int
     num_value_passes: int
     heads_per_section: int
+    least_heads_in_last_section: int
     promoted_floats: int
 
 
@@ -109,7 +112,8 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
         num_ctas=num_ctas,
         packed_heads_log2=packed_heads_log2,
         num_value_passes=num_value_passes,
-        heads_per_section=_heads_per_section(problem, num_heads, num_m_blocks, choice.l2_kv_bytes),
+        heads_per_section=_heads_per_section(problem, num_heads, choice.l2_kv_bytes),
+        least_heads_in_last_section=_balanced_heads(problem, num_m_blocks),
         promoted_floats=num_ctas * config.promoted_floats if problem.max_seqlen_k > PROMOTION_KEYS else 0,
     )
 
@@ -136,25 +140,22 @@ def _packed_heads_log2(problem: ForwardProblem, block_m: int) -> int:
     return best if filled(0) < LEAST_FILLED_UNPACKED * filled(best) else 0
 
 
-def _heads_per_section(problem: ForwardProblem, num_heads: int, num_m_blocks: int, l2_kv_bytes: int) -> int:
-    """How many of a sequence's `num_heads` (group of packed heads, value pass) pairs are worked on together.
-
-    As many as have keys and values that fit in the L2 budget together, in whole kv groups; but at least so many that
-    a section keeps all multiprocessors busy for as long as its longest tile takes. The last section would otherwise
-    end with that tile alone.
-    """
+def _heads_per_section(problem: ForwardProblem, num_heads: int, l2_kv_bytes: int) -> int:
+    """How many of a sequence's `num_heads` (group of packed heads, value pass) pairs have keys and values that fit in
+    the L2 budget together; whole kv groups."""
     kv_bytes = max(1, problem.max_seqlen_k) * (problem.head_dim + problem.head_dim_v) * problem.dtype.num_bytes
     kv_heads = max(1, l2_kv_bytes // kv_bytes)
     per_kv_head = num_heads // problem.heads_kv
     limit = num_heads
     if problem.seq_layout is SeqLayout.DENSE:
         limit *= max(1, problem.batch)
-    balanced = -(-_balanced_heads(problem, num_m_blocks) // max(1, per_kv_head)) * per_kv_head
-    return max(1, min(max(kv_heads * per_kv_head, balanced), limit))
+    return max(1, min(kv_heads * per_kv_head, limit))
 
 
 def _balanced_heads(problem: ForwardProblem, num_m_blocks: int) -> int:
-    """Heads whose tiles take all multiprocessors, together, as long as one of them the longest tile.
+    """Heads whose tiles take all multiprocessors together half as long again as one of them the longest tile.
+
+    With fewer, a section that begins with its longest tiles ends with them alone.
 
     Under a causal mask a tile takes as long as it sees keys: the last one all of them, and each tile before it fewer by
     a tile's positions.
@@ -164,4 +165,4 @@ def _balanced_heads(problem: ForwardProblem, num_m_blocks: int) -> int:
     longest, positions = problem.max_seqlen_k, -(-problem.max_seqlen_q // num_m_blocks)
     seeing = min(num_m_blocks, -(-longest // positions))  # tiles that see a key
     of_one_head = seeing * (longest + max(1, longest - (seeing - 1) * positions)) / 2
-    return math.ceil(problem.num_sms * longest / of_one_head)
+    return math.ceil(1.5 * problem.num_sms * longest / of_one_head)

@@ -152,6 +152,7 @@ def cuda_forward(
         packed_heads_log2=plan.packed_heads_log2,
         num_value_passes=plan.num_value_passes,
         heads_per_section=plan.heads_per_section,
+        least_heads_in_last_section=plan.least_heads_in_last_section,
         score_scale=scales.score_scale,
         exp2_scale=scales.exp2_scale,
         window_left=problem.mask.window_left,

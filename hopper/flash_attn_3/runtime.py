@@ -103,6 +103,7 @@ def forward_launcher(
     packed_heads_log2: int,
     num_value_passes: int,
     heads_per_section: int,
+    least_heads_in_last_section: int,
     score_scale: float,
     exp2_scale: float,
     window_left: int,
@@ -121,7 +122,8 @@ def forward_launcher(
     Args:
         handle: from `load_kernel`.
         max_seqlen_q, max_seqlen_k: longest sequence on each packed side; a dense side's is its tensor's.
-        num_ctas, packed_heads_log2, num_value_passes, heads_per_section: the launch, from `heuristics.ForwardPlan`.
+        num_ctas, packed_heads_log2, num_value_passes, heads_per_section, least_heads_in_last_section: the launch, from
+            `heuristics.ForwardPlan`.
         score_scale: 1.0, or softmax_scale / softcap.
         exp2_scale: softmax_scale * log2(e), or softcap * log2(e).
         window_left, window_right: keys visible to each side of the diagonal, -1 for unlimited.
@@ -151,6 +153,7 @@ def forward_launcher(
         packed_heads_log2,
         num_value_passes,
         heads_per_section,
+        least_heads_in_last_section,
         score_scale,
         exp2_scale,
         window_left,

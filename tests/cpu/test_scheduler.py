@@ -44,7 +44,7 @@ class HandedTile(ctypes.Structure):
 class ShimProblem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "heads_q", "packed_heads_log2")),
-        *((name, ctypes.c_int32) for name in ("num_value_passes", "heads_per_section")),
+        *((name, ctypes.c_int32) for name in ("num_value_passes", "heads_per_section", "least_last")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k")),
         *((name, INT32_POINTER) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")),
     )
@@ -81,6 +81,7 @@ class Problem:
     packed_heads_log2: int
     num_value_passes: int
     heads_per_section: int
+    least_last: int
     q: Side
     k: Side
 
@@ -91,7 +92,8 @@ class Problem:
         block_m = shim().block_m()
         if self.layout is SeqLayout.DENSE:
             order = in_order(
-                self.mask, -(-self.q.seqlen * packed // block_m), heads * self.batch, self.heads_per_section
+                *(self.mask, -(-self.q.seqlen * packed // block_m), heads * self.batch),
+                *(self.heads_per_section, self.least_last),
             )
             return [(triple // heads, m_block, triple % heads) for m_block, triple in order]
         tiles = []
@@ -101,7 +103,7 @@ class Problem:
             len_q, len_k = lens_q[batch], lens_k[batch]
             # As many heads as have the keys of heads_per_section longest sequences.
             section = self.heads_per_section * max(1, self.k.seqlen) // max(1, len_k)
-            order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)))
+            order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)), 0)
             tiles += [(batch, m_block, head) for m_block, head in order]
         return tiles
 
@@ -114,15 +116,25 @@ class Launch:
     turns: bytes = b"\0"
 
 
-def in_order(mask: Mask, num_m_blocks: int, num_heads: int, heads_per_section: int) -> list[tuple[int, int]]:
+def section_bounds(num_heads: int, heads_per_section: int, least_last: int) -> list[int]:
+    """Where sections begin, and the end of the last one: sections are cut off as long as enough heads are left."""
+    bounds = [0]
+    while num_heads - bounds[-1] - heads_per_section >= max(1, least_last):
+        bounds.append(bounds[-1] + heads_per_section)
+    return [*bounds, num_heads]
+
+
+def in_order(
+    mask: Mask, num_m_blocks: int, num_heads: int, heads_per_section: int, least_last: int
+) -> list[tuple[int, int]]:
     """(m_block, head) pairs."""
     if mask is not Mask.CAUSAL:
         return [(m_block, head) for head in range(num_heads) for m_block in range(num_m_blocks)]
     return [
         (m_block, head)
-        for first in range(0, num_heads, heads_per_section)
+        for first, end in itertools.pairwise(section_bounds(num_heads, heads_per_section, least_last))
         for m_block in reversed(range(num_m_blocks))
-        for head in range(first, min(first + heads_per_section, num_heads))
+        for head in range(first, end)
     ]
 
 
@@ -147,7 +159,7 @@ def launch_grid(problem: Problem, launch: Launch, counter: TileCounter, max_tile
     index_arrays = problem.q.cu_seqlens(), problem.k.cu_seqlens(), problem.q.used, problem.k.used
     arguments = ShimProblem(
         *(problem.batch, problem.head_groups << problem.packed_heads_log2, problem.packed_heads_log2),
-        *(problem.num_value_passes, problem.heads_per_section),
+        *(problem.num_value_passes, problem.heads_per_section, problem.least_last),
         *(problem.q.seqlen, problem.k.seqlen, *map(int32_array, index_arrays)),
     )
     handed = (HandedTile * max_tiles)()
@@ -179,20 +191,25 @@ def check_launches(problem: Problem, launches: Sequence[Launch]) -> None:
 
 
 @settings(max_examples=500)
-@given(st.sampled_from(Mask), st.integers(1, 12), st.integers(1, 12), st.integers(1, 14))
-def test_positions_are_a_bijection(mask, num_m_blocks, num_heads, heads_per_section):
+@given(st.sampled_from(Mask), st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(0, 14))
+def test_positions_are_a_bijection(mask, num_m_blocks, num_heads, heads_per_section, least_last):
     count = num_m_blocks * num_heads
-    positions = [tile_position(mask, i, num_m_blocks, num_heads, heads_per_section) for i in range(count)]
+    arguments = num_m_blocks, num_heads, heads_per_section, least_last
+    positions = [tile_position(mask, i, *arguments) for i in range(count)]
     assert sorted(positions) == list(itertools.product(range(num_m_blocks), range(num_heads)))
 
 
 @settings(max_examples=500)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14))
-def test_causal_sections_hold_whole_heads_and_start_with_the_longest_tiles(num_m_blocks, num_heads, heads_per_section):
-    arguments = num_m_blocks, num_heads, heads_per_section
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(0, 14))
+def test_causal_sections_hold_whole_heads_and_start_with_the_longest_tiles(
+    num_m_blocks, num_heads, heads_per_section, least_last
+):
+    arguments = num_m_blocks, num_heads, heads_per_section, least_last
     positions = [tile_position(Mask.CAUSAL, i, *arguments) for i in range(num_m_blocks * num_heads)]
-    for first in range(0, num_heads, heads_per_section):
-        heads = range(first, min(first + heads_per_section, num_heads))
+    bounds = section_bounds(num_heads, heads_per_section, least_last)
+    assert bounds[-1] - bounds[-2] >= min(least_last, num_heads)
+    for heads in itertools.starmap(range, itertools.pairwise(bounds)):
+        first = heads.start
         section = positions[first * num_m_blocks : heads.stop * num_m_blocks]
         assert {head for _, head in section} == set(heads)
         m_blocks = [m_block for m_block, _ in section]
@@ -200,26 +217,27 @@ def test_causal_sections_hold_whole_heads_and_start_with_the_longest_tiles(num_m
 
 
 @st.composite
-def large_positions(draw: st.DrawFn) -> tuple[int, int, int, int]:
-    """(index, num_m_blocks, num_heads, heads_per_section) of as many tiles as a launch may have."""
+def large_positions(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """(index, num_m_blocks, num_heads, heads_per_section, least_last) of as many tiles as a launch may have."""
     num_m_blocks = draw(st.one_of(st.integers(1, 2**11), st.integers(1, MAX_TILES)))
     num_heads = draw(st.integers(1, MAX_TILES // num_m_blocks))
     last = num_m_blocks * num_heads - 1
     index = draw(st.one_of(st.integers(0, last), st.integers(max(0, last - 5), last)))
-    return index, num_m_blocks, num_heads, draw(st.integers(1, num_heads))
+    return index, num_m_blocks, num_heads, draw(st.integers(1, num_heads)), draw(st.integers(0, 2 * num_heads))
 
 
 @settings(max_examples=1000)
 @given(st.sampled_from(Mask), large_positions())
 def test_large_positions_lead_back_to_their_index(mask, arguments):
     """I5: 32 bits are enough for every index."""
-    index, num_m_blocks, num_heads, heads_per_section = arguments
+    index, num_m_blocks, num_heads, heads_per_section, least_last = arguments
     m_block, head = tile_position(mask, *arguments)
     assert 0 <= m_block < num_m_blocks
     assert 0 <= head < num_heads
     if mask is Mask.CAUSAL:
-        first = head - head % heads_per_section
-        heads = min(heads_per_section, num_heads - first)
+        last = max(0, num_heads - max(1, least_last)) // heads_per_section * heads_per_section
+        first = min(last, head - head % heads_per_section)
+        heads = num_heads - first if first == last else heads_per_section
         assert index == first * num_m_blocks + (num_m_blocks - 1 - m_block) * heads + head - first
     else:
         assert index == head * num_m_blocks + m_block
@@ -231,11 +249,10 @@ launches = st.lists(st.builds(Launch, st.integers(1, 8), st.binary(min_size=1, m
 
 
 def problems(layout: SeqLayout, batch: int, q: Side, k: Side) -> st.SearchStrategy[Problem]:
-    groups, packed, passes, heads_per_section = (st.integers(*ends) for ends in ((1, 3), (0, 2), (1, 3), (1, 8)))
+    # Groups of packed heads, log2 of those in a group, value passes, heads in a section, in the last one at least.
+    numbers = (st.integers(*ends) for ends in ((1, 3), (0, 2), (1, 3), (1, 8), (0, 12)))
     fixed = map(st.just, (layout, batch))
-    return st.builds(
-        Problem, st.sampled_from(Mask), *fixed, groups, packed, passes, heads_per_section, st.just(q), st.just(k)
-    )
+    return st.builds(Problem, st.sampled_from(Mask), *fixed, *numbers, st.just(q), st.just(k))
 
 
 @st.composite
@@ -274,7 +291,7 @@ def varlen_problems(draw: st.DrawFn) -> Problem:
 
 def varlen_problem(*segments: int, mask: Mask = Mask.CAUSAL) -> Problem:
     side = Side(max(segments, default=0), segments)
-    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, side, side)
+    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, 0, side, side)
 
 
 TWO_LAUNCHES = [Launch(3, b"\0\1\2\2"), Launch(5)]

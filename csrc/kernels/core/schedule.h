@@ -11,14 +11,23 @@ struct TilePosition {
   int head;  // index of a (head, value pass) pair, or of a (batch, head, value pass) triple
 };
 
+// How many heads are worked on together: `heads` in each section, and at least `least_last` in the last one, which gets
+// what is left.
+struct Sections {
+  int heads;
+  int least_last;
+};
+
 // Full and local tiles cost the same: neighbours share keys, so query blocks vary fastest. Causal tiles grow with
-// their query block: the longest come first, over a section of heads whose keys and values stay in the L2 cache.
+// their query block: the longest come first, over a section of heads whose keys and values stay in the L2 cache. The
+// last section is large enough that the launch ends with short tiles.
 template <Mask kMask>
-FA_HOST_DEVICE TilePosition tile_position(int index, int num_m_blocks, int num_heads, int heads_per_section) {
+FA_HOST_DEVICE TilePosition tile_position(int index, int num_m_blocks, int num_heads, Sections sections) {
   if constexpr (kMask != Mask::kCausal) return {index % num_m_blocks, index / num_m_blocks};
-  const int section = index / (heads_per_section * num_m_blocks);
-  const int first_head = section * heads_per_section;
-  const int heads = min_of(heads_per_section, num_heads - first_head);
+  const int last_section = max_of(0, num_heads - max_of(1, sections.least_last)) / sections.heads;
+  const int section = min_of(last_section, index / (sections.heads * num_m_blocks));
+  const int first_head = section * sections.heads;
+  const int heads = section < last_section ? sections.heads : num_heads - first_head;
   const int rest = index - first_head * num_m_blocks;
   return {num_m_blocks - 1 - rest / heads, first_head + rest % heads};
 }

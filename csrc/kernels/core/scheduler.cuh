@@ -58,8 +58,8 @@ class Scheduler<Traits, SeqLayout::kDense> {
     const int num_m_blocks = ceil_div(Packing{params.packed_heads_log2}.rows(params.seqlen_q), Traits::kBlockM);
     const int index = queue_.take(params.tile_counter);
     if (index >= num_m_blocks * num_heads * params.batch) return {false, 0, {}};
-    TilePosition position =
-        tile_position<Traits::kMask>(index, num_m_blocks, num_heads * params.batch, params.heads_per_section);
+    TilePosition position = tile_position<Traits::kMask>(
+        index, num_m_blocks, num_heads * params.batch, {params.heads_per_section, params.least_heads_in_last_section});
     const int batch = position.head / num_heads;
     position.head -= batch * num_heads;
     return {true, batch, position};
@@ -139,7 +139,8 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
     const int length = max_of(1, key_sequence<SeqLayout::kVarlen>(params, batch).length);
     const float fitting = float(params.heads_per_section) * float(max_of(1, params.seqlen_k)) / float(length);
     const int heads_per_section = fitting < float(num_heads) ? int(fitting) : num_heads;
-    return tile_position<Traits::kMask>(index, num_m_blocks, num_heads, max_of(1, heads_per_section));
+    // Shorter sequences follow, whose tiles are there for the end.
+    return tile_position<Traits::kMask>(index, num_m_blocks, num_heads, {max_of(1, heads_per_section), 0});
   }
 
   FA_DEVICE static int inclusive_scan(int value, int lane) {
