@@ -59,7 +59,8 @@ def flash_attn_func(
         attention_chunk: if > 0, a row sees only keys of its own chunk of that many positions.
         softcap: if > 0, a score becomes softcap * tanh(score / softcap).
         num_splits: 1, or <= 0 to leave the number to the planner. More is not available yet.
-        pack_gqa: a performance hint.
+        pack_gqa: whether query heads that share a key head are worked on together, which fills the tiles of short
+            sequences; None: where that pays. A performance hint.
         deterministic: gradients of equal calls are bitwise equal; out and lse always are.
         sm_margin: multiprocessors to leave to others.
         return_attn_probs: return the log-sum-exp too.
