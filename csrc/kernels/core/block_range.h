@@ -56,6 +56,38 @@ struct Visibility {
     const int full_end = max_of(full_begin, min_of(end, first.end / kBlockN));
     return {begin, full_begin, full_end, end};
   }
+
+  // Rows [begin, end) see the key: both ends of keys() grow with the row.
+  FA_HOST_DEVICE KeyRange rows(int key) const {
+    const int shift = len_k - len_q;  // row = position - shift
+    int begin = 0, end = len_q;
+    if constexpr (kMask == Mask::kCausal) begin = max_of(0, key - shift);
+    if constexpr (kMask == Mask::kLocal) {
+      if (window_right >= 0) begin = max_of(begin, key - window_right - shift);
+      if (window_left >= 0) end = min_of(end, key + window_left - shift + 1);
+      if (attention_chunk > 0) {
+        const int chunk_begin = key / attention_chunk * attention_chunk;
+        begin = max_of(begin, chunk_begin - shift);
+        end = min_of(end, chunk_begin + attention_chunk - shift);
+      }
+    }
+    begin = min_of(begin, len_q);
+    return {begin, max_of(begin, end)};
+  }
+
+  // Query blocks that see a key of the block. Rows that do not exist have no weight, so that the last query block may be
+  // full; keys that do not exist must be masked.
+  template <int kBlockM, int kBlockN>
+  FA_HOST_DEVICE BlockRange query_blocks(int n_block) const {
+    const KeyRange first = rows(n_block * kBlockN);
+    const KeyRange last = rows(min_of(len_k, (n_block + 1) * kBlockN) - 1);
+    const int begin = first.begin / kBlockM;
+    const int end = max_of(begin, ceil_div(last.end, kBlockM));
+    const int full_begin = min_of(max_of(begin, ceil_div(last.begin, kBlockM)), end);
+    const int last_full = first.end == len_q ? ceil_div(len_q, kBlockM) : first.end / kBlockM;
+    const bool whole = (n_block + 1) * kBlockN <= len_k;
+    return {begin, full_begin, whole ? max_of(full_begin, min_of(end, last_full)) : full_begin, end};
+  }
 };
 
 }  // namespace fa

@@ -45,4 +45,19 @@ FA_DEVICE uint32_t pack(float low, float high) {
   return packed;
 }
 
+// The two 16-bit floats of a word, the low half first.
+template <Dtype kDtype>
+FA_DEVICE float2 unpack(uint32_t packed) {
+  float2 values;
+  if constexpr (kDtype == Dtype::kBf16) {
+    values.x = __uint_as_float(packed << 16);
+    values.y = __uint_as_float(packed & 0xFFFF0000u);
+  } else {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(values.x), "=f"(values.y)
+        : "r"(packed));
+  }
+  return values;
+}
+
 }  // namespace fa

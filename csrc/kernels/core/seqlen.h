@@ -27,14 +27,20 @@ FA_HOST_DEVICE Sequence varlen_sequence(int batch, int dense_rows, const int32_t
   return {length, offset, cu_seqlens ? 0 : batch};
 }
 
-template <SeqLayout kSeqLayout>
-FA_HOST_DEVICE Sequence query_sequence(const ForwardParams& params, int batch) {
+// Where a packed sequence begins in scratch that holds whole blocks of block_m rows. Its last block, filled up, ends
+// before the next sequence begins.
+FA_HOST_DEVICE int padded_offset(int first_row, int batch, int block_m) {
+  return (first_row + batch * block_m) / block_m * block_m;
+}
+
+template <SeqLayout kSeqLayout, class Params>
+FA_HOST_DEVICE Sequence query_sequence(const Params& params, int batch) {
   if constexpr (kSeqLayout == SeqLayout::kDense) return {params.seqlen_q, 0, batch};
   return varlen_sequence(batch, params.seqlen_q, params.cu_seqlens_q, params.seqused_q);
 }
 
-template <SeqLayout kSeqLayout>
-FA_HOST_DEVICE Sequence key_sequence(const ForwardParams& params, int batch) {
+template <SeqLayout kSeqLayout, class Params>
+FA_HOST_DEVICE Sequence key_sequence(const Params& params, int batch) {
   if constexpr (kSeqLayout == SeqLayout::kDense) return {params.seqlen_k, 0, batch};
   return varlen_sequence(batch, params.seqlen_k, params.cu_seqlens_k, params.seqused_k);
 }
