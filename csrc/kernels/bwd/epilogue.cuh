@@ -23,8 +23,8 @@ class KeyGradientEpilogue {
     sync_warpgroup(warpgroup_);
     const int first_key = tile_.n_block * Traits::kBlockN + warpgroup_ * kWarpgroupRows;
     if (threadIdx.x % kWarpgroupThreads == 0 && first_key < tile_.k.length) {
-      send<Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dv, smem_.v, first_key);
-      send<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.dk, smem_.k, first_key);
+      send<Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dv, params_.head_dim_v, smem_.v, first_key);
+      send<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.dk, params_.head_dim, smem_.k, first_key);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
     }
@@ -42,11 +42,12 @@ class KeyGradientEpilogue {
   }
 
   template <int kColumns, int kSwizzleBytes>
-  FA_DEVICE void send(const CUtensorMap& map, const uint8_t* tile, int first_key) const {
+  FA_DEVICE void send(const CUtensorMap& map, int columns, const uint8_t* tile, int first_key) const {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
     const uint8_t* rows = tile + warpgroup_ * kWarpgroupRows * kSwizzleBytes;
 #pragma unroll
     for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
+      if (chunk * kChunkColumns >= columns) break;
       cute::SM90_TMA_STORE_5D::copy(&map, rows + chunk * Traits::kBlockN * kSwizzleBytes, chunk * kChunkColumns,
                                     tile_.head_kv, tile_.k.map_row(params_.row_bound_k, first_key),
                                     tile_.k.map_origin(), tile_.k.batch);

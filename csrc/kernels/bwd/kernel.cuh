@@ -10,19 +10,27 @@
 
 namespace fa {
 
+// The longest tiles come first: under a causal mask the first keys are seen by all queries.
 template <class Traits>
-FA_DEVICE KeyTile key_tile(const BackwardParams& params) {
+FA_DEVICE KeyTile key_tile(const BackwardParams& params, int index) {
+  const int num_heads = params.batch * params.heads_kv;
   KeyTile tile;
-  // The longest tiles first: under a causal mask the first keys are seen by all queries.
-  tile.n_block = blockIdx.y;
-  tile.batch = blockIdx.x / params.heads_kv;
-  tile.head_kv = blockIdx.x % params.heads_kv;
+  tile.n_block = index / num_heads;
+  tile.batch = index % num_heads / params.heads_kv;
+  tile.head_kv = index % num_heads % params.heads_kv;
   tile.q = query_sequence<Traits::kSeqLayout>(params, tile.batch);
   tile.k = key_sequence<Traits::kSeqLayout>(params, tile.batch);
-  tile.padded_row = params.cu_seqlens_q ? padded_offset(tile.q.offset, tile.batch, Traits::kBlockM) : 0;
-  tile.blocks = key_tile_visibility<Traits>(params, tile)
-                    .template query_blocks<Traits::kBlockM, Traits::kBlockN>(tile.n_block);
+  tile.scratch_row = scratch_row<Traits>(params, tile.q, tile.batch);
+  tile.blocks = visibility<Traits>(params, tile).template query_blocks<Traits::kBlockM, Traits::kBlockN>(tile.n_block);
   return tile;
+}
+
+template <class Traits>
+FA_DEVICE int tile_index(const BackwardParams& params, BackwardSmem<Traits>& smem) {
+  if constexpr (Traits::kAccumulation == Accumulation::kUnordered) return blockIdx.x;
+  if (threadIdx.x == 0) smem.control.tile = take_tile(params.tile_counter);
+  __syncthreads();
+  return smem.control.tile;
 }
 
 template <class Traits>
@@ -32,13 +40,14 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   BackwardSmem<Traits>& smem = *reinterpret_cast<BackwardSmem<Traits>*>(shared_memory);
   static_assert(sizeof(BackwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
-  const KeyTile tile = key_tile<Traits>(params);
+  const KeyTile tile = key_tile<Traits>(params, tile_index<Traits>(params, smem));
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
   if (threadIdx.x == 0) {
     Barrier::init(&smem.control.k_full, 1);
     Barrier::init(&smem.control.v_full, 1);
     smem.control.q.init(1, Shape::kNumConsumerWarpgroups);
     smem.control.dout.init(1, Shape::kNumConsumerWarpgroups);
+    for (int32_t*& turn : smem.control.turn) turn = nullptr;
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();

@@ -42,8 +42,8 @@ class BackwardProducer {
   FA_DEVICE void load_queries(int head_q, int m_block) {
     const int stage = stage_.index();
     const int row = tile_.q.map_row(params_.row_bound_q, m_block * Traits::kBlockM);
-    const int64_t scratch_row = tile_.q.batch * params_.rows_batch_stride + head_q * params_.rows_head_stride +
-                                tile_.padded_row + m_block * Traits::kBlockM;
+    const int64_t scratch_row =
+        tile_.scratch_row + head_q * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
     control_.q.wait_empty(stage_);
     TransactionBarrier::arrive_and_expect_tx(&control_.q.full[stage], Shape::kQBytes + Shape::kStatisticsBytes);
     load<Traits::kBlockM, Traits::kHeadDim, Shape::kSwizzleBytes>(params_.q, &control_.q.full[stage], smem_.q[stage],
@@ -51,8 +51,8 @@ class BackwardProducer {
     load_statistics(params_.lse_log2 + scratch_row, &control_.q.full[stage], smem_.lse_log2[stage]);
     control_.dout.wait_empty(stage_);
     TransactionBarrier::arrive_and_expect_tx(&control_.dout.full[stage], Shape::kDoutBytes + Shape::kStatisticsBytes);
-    load<Traits::kBlockM, Traits::kHeadDimV, Shape::kSwizzleBytesV>(
-        params_.dout, &control_.dout.full[stage], smem_.dout[stage], head_q, row, tile_.q);
+    load<Traits::kBlockM, Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dout, &control_.dout.full[stage],
+                                                                    smem_.dout[stage], head_q, row, tile_.q);
     load_statistics(params_.delta + scratch_row, &control_.dout.full[stage], smem_.delta[stage]);
     stage_.advance();
   }

@@ -1,12 +1,13 @@
 // One consumer warpgroup's work on a tile: 64 keys against all query blocks that see them.
 //
-// Scores are kept transposed, keys as rows, so that P^T and dS^T are operands of dV and dK straight from registers. Only
-// dS goes through shared memory, for dQ, to which all warpgroups' keys contribute.
+// Scores are kept transposed, keys as rows, so that P^T and dS^T are operands of dV and dK straight from registers.
+// Only dS goes through shared memory, for dQ, to which all warpgroups' keys contribute.
 #pragma once
 
 #include "../core/score.cuh"
 #include "products.cuh"
 #include "stage.cuh"
+#include "turn.cuh"
 
 namespace fa {
 
@@ -34,7 +35,7 @@ class KeyTileMma {
       run_blocks<BlockKind::kFull>(m_block, tile_.blocks.full_end);
       run_blocks<BlockKind::kEdge>(m_block, tile_.blocks.end);
     }
-    if (leads()) cute::tma_store_wait<0>();
+    finish_adding();
   }
 
  private:
@@ -42,8 +43,12 @@ class KeyTileMma {
   using Packed = uint32_t[Traits::kBlockM / 4];
   enum class BlockKind { kFull, kEdge };
 
-  // Unrounded probabilities take block_m / 2 registers, until dS is known.
-  static constexpr bool kKeepsWeights = Traits::kBlockM <= 64;
+  static constexpr bool kSoftcap = Traits::kScore == Score::kSoftcap;
+  static constexpr bool kOrdered = Traits::kAccumulation == Accumulation::kOrdered;
+  // A pair's weight in dS is its probability, times the softcap's slope. In full precision weights take block_m / 2
+  // registers until dS is known; where there are none to spare, P as it is rounded for dV takes their place.
+  static constexpr bool kRoundsWeights = Traits::kBlockM > 64;
+  static_assert(!(kRoundsWeights && kSoftcap), "a rounded P has lost the slope");
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
 
@@ -125,60 +130,68 @@ class KeyTileMma {
     cute::warpgroup_commit_batch();
   }
 
-  // P^T = exp2(S^T - lse). Leaves in `scores` what the gradient of a score is to be multiplied by, if there is room.
+  // P^T = exp2(S^T - lse). Leaves the weights of dS in `scores`.
   template <BlockKind kKind>
   FA_DEVICE void to_probabilities(int m_block, Scores& scores, Packed& p, int stage) {
     const float* lse = smem_.lse_log2[stage] + fragment_column();
-    float slope[Traits::kScore == Score::kSoftcap ? Traits::kBlockM / 2 : 1];
+    KeyRange queries[kRowsPerThread];
+    if constexpr (kKind == BlockKind::kEdge) seeing_queries(m_block, queries);
 #pragma unroll
-    for (int i = 0; i < Traits::kBlockM / 2; ++i) {
-      if constexpr (Traits::kScore == Score::kSoftcap) {
-        scores[i] = tanh_approx(scores[i] * params_.score_scale);
-        slope[i] = 1.f - scores[i] * scores[i];
+    for (int i = 0; i < Traits::kBlockM / 2; i += 2) {
+      // Pair by pair: slopes of all scores together would need more registers than there are.
+      float probability[2], slope[2] = {1.f, 1.f};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float score = scores[i + j];
+        if constexpr (kSoftcap) {
+          score = tanh_approx(score * params_.score_scale);
+          slope[j] = 1.f - score * score;
+        }
+        float exponent = fmaf(score, params_.exp2_scale, -lse[register_column(i + j)]);
+        if (kKind == BlockKind::kEdge && !sees(queries, i + j)) exponent = -INFINITY;
+        probability[j] = exp2_approx(exponent);
+        scores[i + j] = kSoftcap ? probability[j] * slope[j] : probability[j];
       }
-      scores[i] = fmaf(scores[i], params_.exp2_scale, -lse[register_column(i)]);
-    }
-    if constexpr (kKind == BlockKind::kEdge) mask(m_block, scores);
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockM / 2; ++i) scores[i] = exp2_approx(scores[i]);
-    pack_fragment<Traits::kDtype>(p, scores);
-    if constexpr (Traits::kScore == Score::kSoftcap) {
-#pragma unroll
-      for (int i = 0; i < Traits::kBlockM / 2; ++i) scores[i] *= slope[i];
+      p[i / 2] = pack<Traits::kDtype>(probability[0], probability[1]);
     }
   }
 
-  // Exponents of pairs that do not see each other become -infinity.
-  FA_DEVICE void mask(int m_block, Scores& exponents) const {
-    const Visibility<Traits::kMask> visibility = key_tile_visibility<Traits>(params_, tile_);
-    const int query = m_block * Traits::kBlockM + fragment_column();
-    const int key = tile_.n_block * Traits::kBlockN + warpgroup_ * kWarpgroupRows + fragment_row();
+  // The queries that see the thread's two keys, relative to its first column, so that tests compare with constants.
+  FA_DEVICE void seeing_queries(int m_block, KeyRange (&queries)[kRowsPerThread]) const {
+    const int first_query = m_block * Traits::kBlockM + fragment_column();
+    const int first_key = tile_.n_block * Traits::kBlockN + warpgroup_ * kWarpgroupRows + fragment_row();
 #pragma unroll
-    for (int i = 0; i < Traits::kBlockM / 2; ++i) {
-      const KeyRange visible = visibility.keys(query + register_column(i));
-      const int k = key + 8 * register_row(i);
-      if (k < visible.begin || k >= visible.end) exponents[i] = -INFINITY;
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const int key = first_key + 8 * r;
+      const KeyRange rows = visibility<Traits>(params_, tile_).rows(key);
+      queries[r] = {key < tile_.k.length ? rows.begin - first_query : Traits::kBlockM, rows.end - first_query};
     }
   }
 
-  // dS^T = P^T * (dP^T - delta).
+  // Whether the pair of register `i` see each other. A query that does not exist may seem to: it has no weight anyway.
+  FA_DEVICE static bool sees(const KeyRange (&queries)[kRowsPerThread], int i) {
+    const KeyRange seeing = queries[register_row(i)];
+    return register_column(i) >= seeing.begin && (Traits::kMask != Mask::kLocal || register_column(i) < seeing.end);
+  }
+
+  // dS^T = weights * (dP^T - delta).
   FA_DEVICE void to_score_gradients(const Scores& weights, const Packed& p, Scores& dscores, int stage) {
     const float* delta = smem_.delta[stage] + fragment_column();
 #pragma unroll
     for (int i = 0; i < Traits::kBlockM / 2; i += 2) {
       float2 weight = make_float2(weights[i], weights[i + 1]);
-      if constexpr (!kKeepsWeights) weight = unpack<Traits::kDtype>(p[i / 2]);
+      if constexpr (kRoundsWeights) weight = unpack<Traits::kDtype>(p[i / 2]);
       dscores[i] = weight.x * (dscores[i] - delta[register_column(i)]);
       dscores[i + 1] = weight.y * (dscores[i + 1] - delta[register_column(i + 1)]);
     }
     pack_fragment<Traits::kDtype>(ds_, dscores);
   }
 
-  // Writes this warpgroup's rows of dS^T, and waits for the others'. The buffer was last read two steps ago, by products
-  // that all warpgroups had waited for when they met one step ago.
+  // Writes this warpgroup's rows of dS^T, and waits for the others'. The buffer was last read two steps ago, by
+  // products that all warpgroups had waited for when they met one step ago.
   FA_DEVICE void share() {
-    stage_fragment<Traits::kBlockN, Shape::kSwizzleBytesDs>(
-        cute::cast_smem_ptr_to_uint(smem_.ds[ds_stage_]), warpgroup_ * kWarpgroupRows, ds_);
+    stage_fragment<Traits::kBlockN, Shape::kSwizzleBytesDs>(cute::cast_smem_ptr_to_uint(smem_.ds[ds_stage_]),
+                                                            warpgroup_ * kWarpgroupRows, ds_);
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(Shape::kNumConsumerWarpgroups * kWarpgroupThreads, uint32_t(kTurnBarrier));
   }
@@ -201,8 +214,7 @@ class KeyTileMma {
   // Adds to the block of dq in memory, in the order of the accumulators (postprocess.cuh brings it back into rows).
   template <int kSize>
   FA_DEVICE void add_dq(const float (&dq)[kSize], int m_block) {
-    constexpr int kFloats = kSize * kWarpgroupThreads;
-    if (leads()) cute::tma_store_wait<0>();
+    finish_adding();
     sync_warpgroup(warpgroup_);
     float4* buffer = reinterpret_cast<float4*>(smem_.dq[warpgroup_]) + threadIdx.x % kWarpgroupThreads;
 #pragma unroll
@@ -212,12 +224,32 @@ class KeyTileMma {
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup(warpgroup_);
     if (leads()) {
-      const int64_t block = tile_.q.batch * params_.rows_batch_stride + head_q_ * params_.rows_head_stride +
-                            tile_.padded_row + m_block * Traits::kBlockM;
-      float* to = params_.dq_blocks + block * Traits::kHeadDim + warpgroup_ * kFloats;
-      bulk_reduce_add(to, smem_.dq[warpgroup_], kFloats * 4);
+      constexpr int kFloats = kSize * kWarpgroupThreads;
+      const int64_t row = tile_.scratch_row + head_q_ * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
+      if constexpr (kOrdered) wait_turn(row / Traits::kBlockM, m_block);
+      bulk_reduce_add(params_.dq_blocks + row * Traits::kHeadDim + warpgroup_ * kFloats, smem_.dq[warpgroup_],
+                      kFloats * 4);
       cute::tma_store_arrive();
     }
+  }
+
+  // Until the copy engine has read the buffer; with an order of additions until it has added, for the next in line.
+  FA_DEVICE void finish_adding() {
+    if (!leads()) return;
+    if constexpr (kOrdered) {
+      turn().pass_on();
+    } else {
+      cute::tma_store_wait<0>();
+    }
+  }
+
+  FA_DEVICE DqTurn turn() { return DqTurn(control_.turn[warpgroup_]); }
+
+  FA_DEVICE void wait_turn(int64_t scratch_block, int m_block) {
+    const BlockRange keys =
+        visibility<Traits>(params_, tile_).template blocks<Traits::kBlockM, Traits::kBlockN>(m_block, Packing{0});
+    turn().wait(params_.dq_turns + scratch_block * Shape::kNumConsumerWarpgroups + warpgroup_,
+                tile_.n_block - keys.begin);
   }
 
   const BackwardParams& params_;

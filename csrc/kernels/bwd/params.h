@@ -5,6 +5,17 @@
 
 namespace fa {
 
+// Row `row` of a head: data + batch * batch_stride + row * row_stride + head * head_stride. Elements of 16 bits;
+// addresses and strides are multiples of 16 bytes. The batch stride is 0 in packed storage.
+struct HeadRows {
+  void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// One launch of a backward pass; all of its three kernels get the same.
+//
 // Scratch of one float per query row and head lies in blocks of block_m rows: sequence `b` of a packed side begins at
 // row padded_offset(b) of its head (core/seqlen.h), so that every block is whole and begins at a multiple of block_m.
 struct alignas(128) BackwardParams {
@@ -15,26 +26,28 @@ struct alignas(128) BackwardParams {
   CUtensorMap dk;    // box {swizzle width, 1, 64 rows, 1, 1}
   CUtensorMap dv;    // the same
 
-  const void* out;  // 16 bit; the forward's output, and the gradient that comes in; rows of heads, as below
-  const void* dout_rows;
-  void* dq;
-  const float* lse;   // natural, as the forward wrote it
-  const float* dlse;  // its gradient, laid out alike, or null: none
+  HeadRows out;
+  HeadRows dout_rows;
+  HeadRows dq_rows;
+  HeadRows dk_rows;
+  HeadRows dv_rows;
 
-  int64_t out_batch_stride, out_row_stride, out_head_stride;     // elements
-  int64_t dout_batch_stride, dout_row_stride, dout_head_stride;  // elements
-  int64_t dq_batch_stride, dq_row_stride, dq_head_stride;        // elements
-  int64_t lse_batch_stride, lse_head_stride;                     // elements
-  int64_t dlse_batch_stride, dlse_head_stride;                   // elements
+  const float* lse;                             // natural, as the forward pass wrote it
+  const float* dlse;                            // its gradient, or null: zero
+  int64_t lse_batch_stride, lse_head_stride;    // elements; the batch stride is 0 with cu_seqlens_q
+  int64_t dlse_batch_stride, dlse_head_stride;  // the same
 
-  float* lse_log2;   // scratch: lse * log2(e), +infinity for rows that do not exist or see no key
-  float* delta;      // scratch: sum of dout * out over a row's columns, less the row's dlse
-  float* dq_blocks;  // scratch: fp32 (batch, heads_q, blocks, kDqFloats), in the order of the accumulators
-  int64_t rows_batch_stride, rows_head_stride;  // of the scratch; elements of lse_log2 and delta
+  // Scratch, contents undefined before.
+  float* delta;       // sum of dout * out over a row's columns, less the row's dlse; 0 for rows as below
+  float* lse_log2;    // lse * log2(e); +infinity for rows that do not exist or see no key
+  float* dq_blocks;   // head_dim floats for each of these rows, blocks in the order of the accumulators
+  int32_t* dq_turns;  // Accumulation::kOrdered: one for each block and consumer warpgroup (bwd/turn.cuh)
+  int64_t rows_batch_stride,
+      rows_head_stride;  // of delta and lse_log2, elements; the batch stride is 0 with cu_seqlens_q
 
-  TileCounter* tile_counter;
+  TileCounter* tile_counter;  // Accumulation::kOrdered: of this launch alone while it runs
 
-  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_q;  // as in ForwardParams, the four of them
   const int32_t* cu_seqlens_k;
   const int32_t* seqused_q;
   const int32_t* seqused_k;
@@ -42,20 +55,26 @@ struct alignas(128) BackwardParams {
   int32_t batch;
   int32_t heads_q;
   int32_t heads_kv;
-  int32_t head_dim;    // columns of q, k, dq and dk
-  int32_t head_dim_v;  // columns of v, out, dout and dv
-  int32_t seqlen_q;
-  int32_t seqlen_k;
-  int32_t row_bound_q;
-  int32_t row_bound_k;
+  int32_t head_dim;      // columns of q, k, dq and dk; a multiple of 8
+  int32_t head_dim_v;    // columns of v, out, dout and dv; a multiple of 8
+  int32_t seqlen_q;      // rows of a dense q; max_seqlen_q with cu_seqlens_q
+  int32_t seqlen_k;      // rows of a dense k; max_seqlen_k with cu_seqlens_k
+  int32_t row_bound_q;   // size of the row dimension of the q and dout maps
+  int32_t row_bound_k;   // size of the row dimension of the k, v, dk and dv maps
+  int32_t num_m_blocks;  // of the longest query sequence
 
-  float softmax_scale;  // of dq and dk: the gradient of a score times this, with softcap included
+  float softmax_scale;  // of dq and dk: a score's gradient times this, with the softcap's slope included
   float score_scale;    // as in ForwardParams
   float exp2_scale;     // as in ForwardParams
 
-  int32_t window_left;
+  int32_t window_left;  // as in ForwardParams, the three of them
   int32_t window_right;
   int32_t attention_chunk;
 };
+
+// Sequences share out the rows that take part in none of them; each share is worked on by so many CTAs.
+constexpr int kUnusedRowCtas = 8;
+
+static_assert(sizeof(BackwardParams) == 6 * 128 + 3 * 128, "the kernels and the runtime must agree on this layout");
 
 }  // namespace fa

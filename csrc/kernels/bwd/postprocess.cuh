@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../core/fragment.cuh"
-#include "smem.cuh"
+#include "query_block.cuh"
 
 namespace fa {
 
@@ -15,14 +15,10 @@ class Postprocess {
   static constexpr int kNumThreads = Shape::kNumConsumerWarpgroups * kWarpgroupThreads;
 
   FA_DEVICE explicit Postprocess(const BackwardParams& params)
-      : params_(params),
-        m_block_(blockIdx.x),
-        head_(blockIdx.y),
-        batch_(blockIdx.z),
-        q_(query_sequence<Traits::kSeqLayout>(params, batch_)) {}
+      : params_(params), block_(query_block<Traits>(params, blockIdx.x)) {}
 
   FA_DEVICE void run() const {
-    if (m_block_ * Traits::kBlockM >= q_.length) return;
+    if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
     float dq[kSize];
     load(dq);
     const float scale[kRowsPerThread] = {params_.softmax_scale, params_.softmax_scale};
@@ -34,13 +30,9 @@ class Postprocess {
   static constexpr int kSize = Shape::kDqFloats / kNumThreads;
 
   FA_DEVICE void load(float (&dq)[kSize]) const {
-    const int padded = params_.cu_seqlens_q ? padded_offset(q_.offset, batch_, Traits::kBlockM) : 0;
-    const int64_t block = q_.batch * params_.rows_batch_stride + head_ * params_.rows_head_stride + padded +
-                          m_block_ * Traits::kBlockM;
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
-    const float4* from =
-        reinterpret_cast<const float4*>(params_.dq_blocks + block * Traits::kHeadDim) +
-        warpgroup * kSize / 4 * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads;
+    const float4* from = reinterpret_cast<const float4*>(params_.dq_blocks + block_.scratch_row * Traits::kHeadDim) +
+                         warpgroup * (kSize / 4) * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
       const float4 part = from[i / 4 * kWarpgroupThreads];
@@ -48,16 +40,16 @@ class Postprocess {
     }
   }
 
+  // 32 columns at a time: a quad holds eight pairs of a row, and each of its threads stores 8 columns of it.
   FA_DEVICE void store(const float (&dq)[kSize]) const {
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
-    const int row = m_block_ * Traits::kBlockM + fragment_row() + (Shape::kSplitsDqRows ? warpgroup * kWarpgroupRows : 0);
+    const int first_row =
+        block_.m_block * Traits::kBlockM + fragment_row() + (Shape::kSplitsDqRows ? warpgroup * kWarpgroupRows : 0);
     const int first_column = threadIdx.x % 4 * 8 + (Shape::kSplitsDqRows ? 0 : warpgroup * Shape::kDqColumns);
-    uint16_t* const sequence = static_cast<uint16_t*>(params_.dq) + q_.batch * params_.dq_batch_stride +
-                               q_.offset * params_.dq_row_stride + head_ * params_.dq_head_stride + first_column;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int position = row + 8 * r;
-      uint16_t* const address = sequence + position * params_.dq_row_stride;
+      const int position = first_row + 8 * r;
+      uint16_t* const row = block_.written_row(params_.dq_rows, position) + first_column;
 #pragma unroll
       for (int column = 0; column < Shape::kDqColumns; column += 32) {
         uint32_t pairs[4];
@@ -67,15 +59,14 @@ class Postprocess {
           pairs[group] = pack<Traits::kDtype>(dq[i], dq[i + 1]);
         }
         const uint4 columns = transpose_quad(pairs);
-        const bool exists = position < q_.length && first_column + column < params_.head_dim;
-        if (exists) *reinterpret_cast<uint4*>(address + column) = columns;
+        const bool exists = position < block_.q.length && first_column + column < params_.head_dim;
+        if (exists) *reinterpret_cast<uint4*>(row + column) = columns;
       }
     }
   }
 
   const BackwardParams& params_;
-  int m_block_, head_, batch_;
-  Sequence q_;
+  const QueryBlock block_;
 };
 
 }  // namespace fa

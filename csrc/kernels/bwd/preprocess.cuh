@@ -1,10 +1,13 @@
-// Before the main kernel: the row statistics that it reads, and the zeros that it adds dq to.
+// Before the main kernel: the row statistics that it reads, the zeros that it adds dq to, and the gradients of rows
+// that take part in nothing.
 //
-// One CTA for each block of query rows of one head and sequence.
+// One CTA for each block of query rows of one head and sequence, and with variable lengths kUnusedRowCtas more for each
+// sequence.
 #pragma once
 
 #include "../core/fragment.cuh"
-#include "smem.cuh"
+#include "query_block.cuh"
+#include "unused_rows.cuh"
 
 namespace fa {
 
@@ -13,57 +16,60 @@ class Preprocess {
  public:
   static constexpr int kNumThreads = 256;
 
-  FA_DEVICE explicit Preprocess(const BackwardParams& params)
-      : params_(params),
-        m_block_(blockIdx.x),
-        head_(blockIdx.y),
-        batch_(blockIdx.z),
-        q_(query_sequence<Traits::kSeqLayout>(params, batch_)) {}
+  FA_DEVICE explicit Preprocess(const BackwardParams& params) : params_(params) {}
 
-  FA_DEVICE void run() const {
-    if (m_block_ * Traits::kBlockM >= q_.length) return;
-    const int64_t block = scratch_row();
-    clear_dq(block);
+  FA_DEVICE void run() {
+    const int num_blocks = params_.num_m_blocks * params_.heads_q * params_.batch;
+    if (Traits::kSeqLayout == SeqLayout::kVarlen && int(blockIdx.x) >= num_blocks) {
+      return UnusedRows<Traits>(params_, blockIdx.x - num_blocks).clear();
+    }
+    block_ = query_block<Traits>(params_, blockIdx.x);
+    if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
+    clear_dq();
+    // The same number of passes for all threads: rows are summed by neighbours together.
     for (int row = threadIdx.x / kRowThreads; row < Traits::kBlockM; row += kNumThreads / kRowThreads) {
-      const int position = m_block_ * Traits::kBlockM + row;
-      const bool exists = position < q_.length;
-      const float dot = row_sum(exists ? partial_dot(position) : 0.f);
-      if (threadIdx.x % kRowThreads != 0) continue;
-      params_.delta[block + row] = exists ? dot - dlse(position) : 0.f;
-      params_.lse_log2[block + row] = exists ? lse_log2(position) : INFINITY;
+      write_statistics(block_.scratch_row + row, block_.m_block * Traits::kBlockM + row);
     }
   }
 
  private:
+  using Shape = BackwardShape<Traits>;
   static constexpr int kColumnsPerThread = 8;  // 16 bytes
-  static constexpr int kRowThreads = Traits::kHeadDimV <= 64 ? 8 : Traits::kHeadDimV <= 128 ? 16 : 32;
+  static constexpr int kRowThreads = Traits::kHeadDimV / kColumnsPerThread;
+  static_assert(kWarpThreads % kRowThreads == 0 && Traits::kBlockM % (kNumThreads / kRowThreads) == 0);
 
-  FA_DEVICE int64_t scratch_row() const {
-    const int padded = params_.cu_seqlens_q ? padded_offset(q_.offset, batch_, Traits::kBlockM) : 0;
-    return q_.batch * params_.rows_batch_stride + head_ * params_.rows_head_stride + padded +
-           m_block_ * Traits::kBlockM;
+  FA_DEVICE void clear_dq() const {
+    float4* dq = reinterpret_cast<float4*>(params_.dq_blocks + block_.scratch_row * Traits::kHeadDim);
+    for (int i = threadIdx.x; i < Shape::kDqFloats / 4; i += kNumThreads) dq[i] = {0.f, 0.f, 0.f, 0.f};
+    if constexpr (Traits::kAccumulation == Accumulation::kOrdered) {
+      int32_t* turns = params_.dq_turns + block_.scratch_row / Traits::kBlockM * Shape::kNumConsumerWarpgroups;
+      if (threadIdx.x < Shape::kNumConsumerWarpgroups) turns[threadIdx.x] = 0;
+    }
   }
 
-  FA_DEVICE void clear_dq(int64_t block) const {
-    float4* dq = reinterpret_cast<float4*>(params_.dq_blocks + block * Traits::kHeadDim);
-    for (int i = threadIdx.x; i < BackwardShape<Traits>::kDqFloats / 4; i += kNumThreads) dq[i] = {0.f, 0.f, 0.f, 0.f};
+  // Of rows that do not exist, too: the main kernel reads whole blocks.
+  FA_DEVICE void write_statistics(int64_t scratch_row, int position) const {
+    const bool exists = position < block_.q.length;
+    const float dot = row_sum(exists ? partial_dot(position) : 0.f);
+    if (threadIdx.x % kRowThreads != 0) return;
+    const float lse =
+        exists ? params_.lse[statistic(params_.lse_batch_stride, params_.lse_head_stride, position)] : -INFINITY;
+    // The results of a row that sees no key are constants, whatever gradients come in, and it has no weights.
+    const bool sees_keys = lse != -INFINITY;
+    constexpr float kLog2E = 1.4426950408889634f;
+    params_.delta[scratch_row] = sees_keys ? dot - dlse(position) : 0.f;
+    params_.lse_log2[scratch_row] = sees_keys ? lse * kLog2E : INFINITY;
   }
 
   FA_DEVICE float partial_dot(int position) const {
     const int column = threadIdx.x % kRowThreads * kColumnsPerThread;
     if (column >= params_.head_dim_v) return 0.f;
-    const int64_t row = q_.offset + position;
-    const uint4 out = load_columns(params_.out, q_.batch * params_.out_batch_stride + row * params_.out_row_stride +
-                                                    head_ * params_.out_head_stride + column);
-    const uint4 dout =
-        load_columns(params_.dout_rows, q_.batch * params_.dout_batch_stride + row * params_.dout_row_stride +
-                                            head_ * params_.dout_head_stride + column);
+    const uint4 out = load_columns(block_.row(params_.out, position) + column);
+    const uint4 dout = load_columns(block_.row(params_.dout_rows, position) + column);
     return dot_pair(out.x, dout.x) + dot_pair(out.y, dout.y) + dot_pair(out.z, dout.z) + dot_pair(out.w, dout.w);
   }
 
-  FA_DEVICE static uint4 load_columns(const void* tensor, int64_t element) {
-    return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + element);
-  }
+  FA_DEVICE static uint4 load_columns(const uint16_t* address) { return *reinterpret_cast<const uint4*>(address); }
 
   FA_DEVICE static float dot_pair(uint32_t a, uint32_t b) {
     const float2 x = unpack<Traits::kDtype>(a), y = unpack<Traits::kDtype>(b);
@@ -78,20 +84,16 @@ class Preprocess {
 
   FA_DEVICE float dlse(int position) const {
     if (params_.dlse == nullptr) return 0.f;
-    return params_.dlse[batch_ * params_.dlse_batch_stride + head_ * params_.dlse_head_stride + q_.offset + position];
+    return params_.dlse[statistic(params_.dlse_batch_stride, params_.dlse_head_stride, position)];
   }
 
-  // A row that sees no key has no weights either.
-  FA_DEVICE float lse_log2(int position) const {
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float lse =
-        params_.lse[batch_ * params_.lse_batch_stride + head_ * params_.lse_head_stride + q_.offset + position];
-    return lse == -INFINITY ? INFINITY : lse * kLog2E;
+  // Where lse and its gradient hold a row's.
+  FA_DEVICE int64_t statistic(int64_t batch_stride, int64_t head_stride, int position) const {
+    return block_.q.batch * batch_stride + block_.head * head_stride + block_.q.offset + position;
   }
 
   const BackwardParams& params_;
-  int m_block_, head_, batch_;
-  Sequence q_;
+  QueryBlock block_;
 };
 
 }  // namespace fa

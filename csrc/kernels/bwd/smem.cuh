@@ -17,16 +17,7 @@ struct BackwardShape {
   static constexpr int kNumThreads = kWarpgroupThreads * (kNumConsumerWarpgroups + 1);
   static constexpr int kProducerRegisters = register_split(kNumConsumerWarpgroups).producer;
   static constexpr int kConsumerRegisters = register_split(kNumConsumerWarpgroups).consumer;
-  static constexpr int kSwizzleBytes = swizzle_bytes(Traits::kHeadDim);
-  static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
-  static constexpr int kSwizzleBytesDs = swizzle_bytes(Traits::kBlockM);
-
-  static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;       // one stage
-  static constexpr int kDoutBytes = Traits::kBlockM * Traits::kHeadDimV * kElementBytes;   // one stage
-  static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;
-  static constexpr int kVBytes = Traits::kBlockN * Traits::kHeadDimV * kElementBytes;
-  static constexpr int kDsBytes = Traits::kBlockN * Traits::kBlockM * kElementBytes;       // one stage
-  static constexpr int kStatisticsBytes = Traits::kBlockM * 4;                             // one stage of one kind
+  static_assert(fits_register_file(kNumConsumerWarpgroups));
 
   // A block of dq, (block_m x head_dim) fp32, is made by all warpgroups: they share its rows, or where it has but one
   // warpgroup's, its columns.
@@ -35,6 +26,18 @@ struct BackwardShape {
   static_assert(!kSplitsDqRows || Traits::kBlockM == kNumConsumerWarpgroups * kWarpgroupRows);
   static constexpr int kDqFloats = Traits::kBlockM * Traits::kHeadDim;
   static constexpr int kDqBytes = kDqFloats * 4;
+
+  // Of q and k: a warpgroup's columns of k, for dq, must be whole chunks.
+  static constexpr int kSwizzleBytes = swizzle_bytes(kDqColumns);
+  static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
+  static constexpr int kSwizzleBytesDs = swizzle_bytes(Traits::kBlockM);
+
+  static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;      // one stage
+  static constexpr int kDoutBytes = Traits::kBlockM * Traits::kHeadDimV * kElementBytes;  // one stage
+  static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;
+  static constexpr int kVBytes = Traits::kBlockN * Traits::kHeadDimV * kElementBytes;
+  static constexpr int kDsBytes = Traits::kBlockN * Traits::kBlockM * kElementBytes;  // one stage
+  static constexpr int kStatisticsBytes = Traits::kBlockM * 4;                        // one stage of one kind
 
   static constexpr int kSmemBytes = kKBytes + kVBytes + Traits::kNumStages * (kQBytes + kDoutBytes) + 2 * kDsBytes +
                                     kDqBytes + Traits::kNumStages * 2 * kStatisticsBytes + kControlBytes;
@@ -47,8 +50,8 @@ struct KeyTile {
   int head_kv;
   Sequence q;
   Sequence k;
-  BlockRange blocks;  // of queries
-  int padded_row;     // where the sequence's rows begin in the scratch
+  BlockRange blocks;    // of queries
+  int64_t scratch_row;  // where the sequence's rows begin in the scratch, but for the head
 };
 
 template <class Traits>
@@ -56,6 +59,9 @@ struct BackwardControl {
   uint64_t k_full, v_full;
   Ring<Traits::kNumStages> q;     // with lse_log2
   Ring<Traits::kNumStages> dout;  // with delta
+  // With Accumulation::kOrdered:
+  int tile;                                                      // the CTA's
+  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // bwd/turn.cuh
 };
 
 template <class Traits>
@@ -78,8 +84,15 @@ struct alignas(1024) BackwardSmem {
   static_assert(sizeof(BackwardControl<Traits>) <= kControlBytes, "raise kControlBytes and its Python twin");
 };
 
+// Where a sequence's rows of head 0 begin in the scratch.
 template <class Traits>
-FA_DEVICE Visibility<Traits::kMask> key_tile_visibility(const BackwardParams& params, const KeyTile& tile) {
+FA_DEVICE int64_t scratch_row(const BackwardParams& params, const Sequence& q, int batch) {
+  if (params.cu_seqlens_q) return padded_offset(q.offset, batch, Traits::kBlockM);
+  return batch * params.rows_batch_stride;
+}
+
+template <class Traits>
+FA_DEVICE Visibility<Traits::kMask> visibility(const BackwardParams& params, const KeyTile& tile) {
   return {tile.q.length, tile.k.length, params.window_left, params.window_right, params.attention_chunk};
 }
 

@@ -7,8 +7,8 @@
 
 namespace fa {
 
-// A packed 64 x N fragment into rows [first_row, first_row + 64) of a tile of kRows rows of 16-bit columns, 16 columns at
-// a time: four 8x8 matrices, two down and two across. Lane l gives the address of row l % 8 of matrix l / 8.
+// A packed 64 x N fragment into rows [first_row, first_row + 64) of a tile of kRows rows of 16-bit columns, 16 columns
+// at a time: four 8x8 matrices, two down and two across. Lane l gives the address of row l % 8 of matrix l / 8.
 template <int kRows, int kSwizzleBytes, int kSize>
 FA_DEVICE void stage_fragment(uint32_t tile, int first_row, const uint32_t (&packed)[kSize]) {
   constexpr int kChunkColumns = kSwizzleBytes / 2;

@@ -7,6 +7,7 @@ enum class Dtype { kFp16, kBf16 };
 enum class Mask { kFull, kCausal, kLocal };
 enum class SeqLayout { kDense, kVarlen };
 enum class Score { kScaled, kSoftcap };
+enum class Accumulation { kUnordered, kOrdered };
 enum class Schedule { kIntraWarpgroup, kPingPong };
 enum class Rescale { kEager, kLazy };
 enum class OutputBuffer { kOwn, kWithQ, kNone };

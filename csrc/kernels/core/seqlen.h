@@ -33,6 +33,17 @@ FA_HOST_DEVICE int padded_offset(int first_row, int batch, int block_m) {
   return (first_row + batch * block_m) / block_m * block_m;
 }
 
+struct RowRange {
+  int begin, end;  // rows [begin, end) of the storage
+};
+
+// The stored rows behind the used ones of sequence `batch`, up to the next sequence or the end of the storage.
+FA_HOST_DEVICE RowRange rows_behind(const Sequence& sequence, int batch, int num_sequences, int stored_rows,
+                                    const int32_t* cu_seqlens) {
+  const bool last = cu_seqlens == nullptr || batch + 1 == num_sequences;
+  return {sequence.offset + sequence.length, last ? stored_rows : cu_seqlens[batch + 1]};
+}
+
 template <SeqLayout kSeqLayout, class Params>
 FA_HOST_DEVICE Sequence query_sequence(const Params& params, int batch) {
   if constexpr (kSeqLayout == SeqLayout::kDense) return {params.seqlen_q, 0, batch};

@@ -1,0 +1,56 @@
+// Whose turn it is to add to a block of dq, where the sums must always be made in the same order.
+#pragma once
+
+#include "smem.cuh"
+
+namespace fa {
+
+// Tile `index` of a launch in the order in which CTAs start: a CTA that waits for the tiles before its own waits for
+// CTAs that run or have ended, however many fit on the GPU at once. Nothing is promised of the order of blockIdx.
+FA_DEVICE int take_tile(TileCounter* counter) {
+  const int tile = atomicAdd(&counter->taken, 1);
+  if (tile + 1 == gridDim.x) counter->taken = 0;  // nobody takes another one
+  return tile;
+}
+
+// One warpgroup's part of the blocks of dq that a tile adds to. The counter of a part holds how many blocks of keys
+// have added to it; those that see its queries do so from the first to the last. To be used by one thread.
+class DqTurn {
+ public:
+  // `counter`: in shared memory, since registers are scarce; null.
+  FA_DEVICE explicit DqTurn(int32_t*& counter) : counter_(counter) {}
+
+  // Until all blocks of keys before have added to the part that `counter` belongs to. `predecessors`: how many they
+  // are.
+  FA_DEVICE void wait(int32_t* counter, int predecessors) {
+    while (load(counter) != predecessors) __nanosleep(kPollNanoseconds);
+    fence_proxies();
+    counter_ = counter;
+  }
+
+  // After the addition was issued and committed; may be left out where there was none. Waits until it is done in memory
+  // rather than until the copy engine has read shared memory.
+  FA_DEVICE void pass_on() {
+    if (counter_ == nullptr) return;
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    fence_proxies();
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter_) : "memory");
+    counter_ = nullptr;
+  }
+
+ private:
+  static constexpr int kPollNanoseconds = 20;
+
+  FA_DEVICE static int load(const int32_t* counter) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+  }
+
+  // Between the counter, which ordinary instructions access, and the copy engine's additions.
+  FA_DEVICE static void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+  int32_t*& counter_;  // of the addition that is under way, or null
+};
+
+}  // namespace fa
