@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/bwd/params.h"
 #include "kernels/params.h"
 
 namespace {
@@ -20,11 +21,13 @@ constexpr uintptr_t kContextBase = 0x100;  // context of device d: kContextBase 
 std::ostringstream call_log;
 std::string taken_log;
 std::map<std::string, CUresult> failures;
-size_t params_size = sizeof(fa::ForwardParams);
+size_t params_size = 0;  // 0: that of the family
 uint64_t num_maps = 0;
 uintptr_t next_memory = 0x100000;
 bool capturing = false;
 thread_local std::vector<CUcontext> contexts;
+// Symbols of all kernels; kernel number n, counted from 1, has the n-th. Those of backward passes begin with "bwd".
+std::vector<std::string> symbols;
 
 CUresult finish(const std::string& call, const std::string& fields = "") {
   call_log << "{\"call\": \"" << call << '"' << (fields.empty() ? "" : ", ") << fields << "}\n";
@@ -57,9 +60,14 @@ int current_device() {
 // The encoded map is its number, counted from 1: it shows which map arrives in which parameter.
 uint64_t map_number(const CUtensorMap& map) { return map.opaque[0]; }
 
+uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+const std::string& symbol_of(const void* kernel) { return symbols[address(kernel) - 1]; }
+
+bool is_backward(const std::string& symbol) { return symbol.rfind("bwd", 0) == 0; }
+
 std::string params_fields(const fa::ForwardParams& p) {
   std::ostringstream text;
-  auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   text << field("q", map_number(p.q)) << ", " << field("k", map_number(p.k)) << ", " << field("v", map_number(p.v))
        << ", " << field("o", map_number(p.o)) << ", " << field("out", address(p.out)) << ", "
        << list("out_strides", std::array{p.out_batch_stride, p.out_row_stride, p.out_head_stride}.data(), 3) << ", "
@@ -80,6 +88,37 @@ std::string params_fields(const fa::ForwardParams& p) {
   return text.str();
 }
 
+std::string rows_fields(const char* name, const fa::HeadRows& rows) {
+  int64_t values[] = {static_cast<int64_t>(address(rows.data)), rows.batch_stride, rows.row_stride, rows.head_stride};
+  return list(name, values, 4);
+}
+
+std::string params_fields(const fa::BackwardParams& p) {
+  std::ostringstream text;
+  text << field("q", map_number(p.q)) << ", " << field("dout", map_number(p.dout)) << ", "
+       << field("k", map_number(p.k)) << ", " << field("v", map_number(p.v)) << ", " << field("dk", map_number(p.dk))
+       << ", " << field("dv", map_number(p.dv)) << ", " << rows_fields("out", p.out) << ", "
+       << rows_fields("dout_rows", p.dout_rows) << ", " << rows_fields("dq_rows", p.dq_rows) << ", "
+       << rows_fields("dk_rows", p.dk_rows) << ", " << rows_fields("dv_rows", p.dv_rows) << ", "
+       << field("lse", address(p.lse)) << ", " << field("dlse", address(p.dlse)) << ", "
+       << list("lse_strides", std::array{p.lse_batch_stride, p.lse_head_stride}.data(), 2) << ", "
+       << list("dlse_strides", std::array{p.dlse_batch_stride, p.dlse_head_stride}.data(), 2) << ", "
+       << field("delta", address(p.delta)) << ", " << field("lse_log2", address(p.lse_log2)) << ", "
+       << field("dq_blocks", address(p.dq_blocks)) << ", " << field("dq_turns", address(p.dq_turns)) << ", "
+       << list("rows_strides", std::array{p.rows_batch_stride, p.rows_head_stride}.data(), 2) << ", "
+       << field("tile_counter", address(p.tile_counter)) << ", " << field("cu_seqlens_q", address(p.cu_seqlens_q))
+       << ", " << field("cu_seqlens_k", address(p.cu_seqlens_k)) << ", " << field("seqused_q", address(p.seqused_q))
+       << ", " << field("seqused_k", address(p.seqused_k)) << ", " << field("batch", p.batch) << ", "
+       << field("heads_q", p.heads_q) << ", " << field("heads_kv", p.heads_kv) << ", " << field("head_dim", p.head_dim)
+       << ", " << field("head_dim_v", p.head_dim_v) << ", " << field("seqlen_q", p.seqlen_q) << ", "
+       << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
+       << field("row_bound_k", p.row_bound_k) << ", " << field("num_m_blocks", p.num_m_blocks) << ", "
+       << field("softmax_scale", p.softmax_scale) << ", " << field("score_scale", p.score_scale) << ", "
+       << field("exp2_scale", p.exp2_scale) << ", " << field("window_left", p.window_left) << ", "
+       << field("window_right", p.window_right) << ", " << field("attention_chunk", p.attention_chunk);
+  return text.str();
+}
+
 }  // namespace
 
 extern "C" {
@@ -90,7 +129,7 @@ extern "C" {
 void fake_reset() {
   call_log.str("");
   failures.clear();
-  params_size = sizeof(fa::ForwardParams);
+  params_size = 0;
   num_maps = 0;
   capturing = false;
   contexts.clear();
@@ -222,8 +261,9 @@ CUresult cuLibraryLoadData(CUlibrary* library, const void*, CUjit_option*, void*
   return finish("cuLibraryLoadData");
 }
 
-CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char*) {
-  *kernel = reinterpret_cast<CUkernel>(2);
+CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* symbol) {
+  symbols.push_back(symbol);
+  *kernel = reinterpret_cast<CUkernel>(symbols.size());
   return finish("cuLibraryGetKernel");
 }
 
@@ -232,9 +272,10 @@ CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
   return finish("cuKernelGetFunction", field("device", current_device()));
 }
 
-CUresult cuKernelGetParamInfo(CUkernel, size_t, size_t* offset, size_t* size) {
+CUresult cuKernelGetParamInfo(CUkernel kernel, size_t, size_t* offset, size_t* size) {
   *offset = 0;
-  *size = params_size;
+  *size = is_backward(symbol_of(kernel)) ? sizeof(fa::BackwardParams) : sizeof(fa::ForwardParams);
+  if (params_size != 0) *size = params_size;
   return finish("cuKernelGetParamInfo");
 }
 
@@ -256,7 +297,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                     field("swizzle", static_cast<int>(swizzle)) + ", " + field("fill", static_cast<int>(fill)));
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** arguments, void**) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
+  const std::string& symbol = symbol_of(function);
+  const std::string params = is_backward(symbol) ? params_fields(*static_cast<const fa::BackwardParams*>(arguments[0]))
+                                                 : params_fields(*static_cast<const fa::ForwardParams*>(arguments[0]));
   unsigned cluster = 1;
   int programmatic = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
@@ -268,12 +312,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** argum
   }
   unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
   unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};
-  return finish("cuLaunchKernelEx", list("grid", grid, 3) + ", " + list("block", block, 3) + ", " +
-                                        field("smem", config->sharedMemBytes) + ", " +
+  return finish("cuLaunchKernelEx", "\"symbol\": \"" + symbol + "\", " + list("grid", grid, 3) + ", " +
+                                        list("block", block, 3) + ", " + field("smem", config->sharedMemBytes) + ", " +
                                         field("stream", reinterpret_cast<uintptr_t>(config->hStream)) + ", " +
                                         field("cluster", cluster) + ", " + field("programmatic", programmatic) + ", " +
-                                        field("device", current_device()) + ", \"params\": {" +
-                                        params_fields(*static_cast<const fa::ForwardParams*>(arguments[0])) + "}");
+                                        field("device", current_device()) + ", \"params\": {" + params + "}");
 }
 
 }  // extern "C"

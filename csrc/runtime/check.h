@@ -3,6 +3,7 @@
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
+#include <tvm/ffi/optional.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -45,8 +46,14 @@ void check_index_vector(const char* name, const TensorView& tensor, int64_t size
 // Narrows to int32, or throws ValueError unless minimum <= value <= 2^31 - 1.
 int32_t checked_int32(const char* name, int64_t value, int64_t minimum);
 
+using OptionalTensor = tvm::ffi::Optional<TensorView>;
+
 inline char* data_address(const TensorView& tensor) {
   return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
+}
+
+inline const int32_t* index_pointer(const OptionalTensor& tensor) {
+  return tensor.has_value() ? reinterpret_cast<const int32_t*>(data_address(tensor.value())) : nullptr;
 }
 
 }  // namespace fa

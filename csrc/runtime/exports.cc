@@ -4,6 +4,7 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>
 
+#include "backward.h"
 #include "check.h"
 #include "driver.h"
 #include "forward.h"
@@ -30,21 +31,29 @@ TensorMapBox make_box(const char* columns_name, int64_t columns, const char* row
   return {static_cast<uint32_t>(columns), static_cast<uint32_t>(rows)};
 }
 
-int64_t load_kernel(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
-                    int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t promoted_floats,
-                    int64_t cluster_size, bool programmatic_launch) {
+KernelTraits make_traits(String symbol, int64_t num_threads, int64_t smem_bytes, size_t params_bytes) {
   KernelTraits traits;
   traits.symbol = symbol;
   traits.num_threads = static_cast<uint32_t>(checked_int32("num_threads", num_threads, 1));
   traits.smem_bytes = static_cast<uint32_t>(checked_int32("smem_bytes", smem_bytes, 0));
-  traits.promoted_floats = checked_int32("promoted_floats", promoted_floats, 0);
+  traits.params_bytes = params_bytes;
+  return traits;
+}
+
+int64_t load_forward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
+                     int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t promoted_floats,
+                     int64_t cluster_size, bool programmatic_launch) {
+  KernelTraits traits = make_traits(symbol, num_threads, smem_bytes, sizeof(ForwardParams));
   traits.cluster_size = static_cast<uint32_t>(checked_int32("cluster_size", cluster_size, 1));
   traits.programmatic_launch = programmatic_launch;
-  traits.q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
-  traits.k_box = make_box("qk_box_columns", qk_box_columns, "kv_box_rows", kv_box_rows);
-  traits.v_box = make_box("vo_box_columns", vo_box_columns, "kv_box_rows", kv_box_rows);
-  traits.o_box = make_box("vo_box_columns", vo_box_columns, "qo_box_rows", qo_box_rows);
-  return register_kernel(std::move(traits), cubin.data());
+  int32_t checked_floats = checked_int32("promoted_floats", promoted_floats, 0);
+  TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
+  TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "kv_box_rows", kv_box_rows);
+  TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "kv_box_rows", kv_box_rows);
+  TensorMapBox o_box = make_box("vo_box_columns", vo_box_columns, "qo_box_rows", qo_box_rows);
+  CUlibrary library = load_library(traits.symbol, cubin.data());
+  return Registry<ForwardKernel>::instance().add(std::unique_ptr<const ForwardKernel>(
+      new ForwardKernel{Kernel(std::move(traits), library), checked_floats, q_box, k_box, v_box, o_box}));
 }
 
 // A function of the tensors alone. It lives as long as somebody holds it, and the kernel for good.
@@ -61,6 +70,45 @@ Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seql
     launcher({q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out});
   };
   return Function::FromTyped(launch, "forward");
+}
+
+// The kernels' names are the symbol, and the symbol with _preprocess and _postprocess behind it.
+int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t preprocess_threads,
+                      int64_t postprocess_threads, int64_t head_dim, int64_t head_dim_v, int64_t block_m,
+                      int64_t block_n, int64_t qk_box_columns, int64_t vo_box_columns, int64_t key_gradient_rows,
+                      bool varlen, bool ordered) {
+  checked_int32("head_dim", head_dim, 1);
+  checked_int32("head_dim_v", head_dim_v, 1);
+  TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "block_m", block_m);
+  TensorMapBox dout_box = make_box("vo_box_columns", vo_box_columns, "block_m", block_m);
+  TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "block_n", block_n);
+  TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "block_n", block_n);
+  TensorMapBox dk_box = make_box("qk_box_columns", qk_box_columns, "key_gradient_rows", key_gradient_rows);
+  TensorMapBox dv_box = make_box("vo_box_columns", vo_box_columns, "key_gradient_rows", key_gradient_rows);
+  CUlibrary library = load_library(symbol, cubin.data());
+  auto kernel = [&](const char* suffix, int64_t threads, int64_t smem) {
+    return Kernel(make_traits(std::string(symbol) + suffix, threads, smem, sizeof(BackwardParams)), library);
+  };
+  return Registry<BackwardKernels>::instance().add(std::unique_ptr<const BackwardKernels>(new BackwardKernels{
+      kernel("_preprocess", preprocess_threads, 0), kernel("", num_threads, smem_bytes),
+      kernel("_postprocess", postprocess_threads, 0), head_dim, head_dim_v, block_m, block_n,
+      block_n / key_gradient_rows, varlen, ordered, q_box, dout_box, k_box, v_box, dk_box, dv_box}));
+}
+
+// As forward_launcher.
+Function backward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                           double score_scale, double exp2_scale, int64_t window_left, int64_t window_right,
+                           int64_t attention_chunk) {
+  BackwardLauncher launcher(handle, {max_seqlen_q, max_seqlen_k, softmax_scale, score_scale, exp2_scale, window_left,
+                                     window_right, attention_chunk});
+  auto launch = [launcher](TensorView dout, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
+                           OptionalTensor dlse, TensorView statistics, TensorView dq, TensorView dk, TensorView dv,
+                           OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
+                           OptionalTensor seqused_k, TensorView dq_scratch) {
+    launcher({dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+              dq_scratch});
+  };
+  return Function::FromTyped(launch, "backward");
 }
 
 int64_t num_sms(int64_t device) {
@@ -87,8 +135,10 @@ Array<int64_t> geometry(String name, TensorView tensor) {
 }  // namespace
 }  // namespace fa
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_load, fa::load_kernel);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_load, fa::load_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_load, fa::load_backward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_launcher, fa::forward_launcher);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_launcher, fa::backward_launcher);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_sms, fa::num_sms);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(compute_capability, fa::compute_capability);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tensor_map_geometry, fa::geometry);

@@ -10,10 +10,6 @@
 namespace fa {
 namespace {
 
-const int32_t* index_pointer(const OptionalTensor& tensor) {
-  return tensor.has_value() ? reinterpret_cast<const int32_t*>(data_address(tensor.value())) : nullptr;
-}
-
 void fill_lse(ForwardParams& params, const TensorView& lse) {
   params.lse = reinterpret_cast<float*>(data_address(lse));
   params.lse_batch_stride = lse.ndim() == 3 ? lse.stride(0) : 0;
@@ -76,11 +72,11 @@ TensorMapBox packed(TensorMapBox box, int log2_heads) {
 
 // Where there is no key at all, q's map stands in for those of k and v: a tensor without elements has no address to
 // encode, and the kernel loads nothing through them but prefetches the maps themselves.
-void encode_maps(ForwardParams& params, const CheckedTensors& checked, const KernelTraits& traits) {
-  params.q = encode_tensor_map(checked.q, packed(traits.q_box, params.packed_heads_log2));
-  params.o = encode_tensor_map(checked.out, packed(traits.o_box, params.packed_heads_log2));
-  params.k = checked.k.empty() ? params.q : encode_tensor_map(checked.k, traits.k_box);
-  params.v = checked.v.empty() ? params.q : encode_tensor_map(checked.v, traits.v_box);
+void encode_maps(ForwardParams& params, const CheckedTensors& checked, const ForwardKernel& kernel) {
+  params.q = encode_tensor_map(checked.q, packed(kernel.q_box, params.packed_heads_log2));
+  params.o = encode_tensor_map(checked.out, packed(kernel.o_box, params.packed_heads_log2));
+  params.k = checked.k.empty() ? params.q : encode_tensor_map(checked.k, kernel.k_box);
+  params.v = checked.v.empty() ? params.q : encode_tensor_map(checked.v, kernel.v_box);
 }
 
 }  // namespace
@@ -89,18 +85,18 @@ ForwardLauncher::ForwardLauncher(int64_t handle, const ForwardOptions& options)
     : num_ctas_(static_cast<uint32_t>(checked_int32("num_ctas", options.num_ctas, 0))) {
   fill_options(params_, options);
   if (num_ctas_ == 0) return;
-  kernel_ = &find_kernel(handle);
-  FA_CHECK(kernel_->traits().q_box.rows >> params_.packed_heads_log2 > 0, ValueError)
-      << "packed_heads_log2 is " << params_.packed_heads_log2 << "; supported are at most "
-      << kernel_->traits().q_box.rows << " heads together";
-  uint32_t cluster_size = kernel_->traits().cluster_size;
+  kernel_ = &Registry<ForwardKernel>::instance().find(handle);
+  FA_CHECK(kernel_->q_box.rows >> params_.packed_heads_log2 > 0, ValueError)
+      << "packed_heads_log2 is " << params_.packed_heads_log2 << "; supported are at most " << kernel_->q_box.rows
+      << " heads together";
+  uint32_t cluster_size = kernel_->kernel.traits().cluster_size;
   FA_CHECK(num_ctas_ % cluster_size == 0, ValueError)
       << "num_ctas is " << num_ctas_ << "; required is a multiple of the cluster size, " << cluster_size;
 }
 
 float* ForwardLauncher::promoted_out(const OptionalTensor& tensor) const {
   if (!tensor.has_value()) return nullptr;
-  int64_t needed = int64_t{num_ctas_} * kernel_->traits().promoted_floats;
+  int64_t needed = int64_t{num_ctas_} * kernel_->promoted_floats;
   FA_CHECK(tensor.value().numel() >= needed, ValueError)
       << "promoted_out has " << tensor.value().numel() << " elements; required are at least " << needed;
   return reinterpret_cast<float*>(data_address(tensor.value()));
@@ -118,12 +114,12 @@ void ForwardLauncher::operator()(const ForwardTensors& tensors) const {
   params.promoted_out = promoted_out(tensors.promoted_out);
 
   int ordinal = tensors.q.device().device_id;
-  encode_maps(params, checked, kernel_->traits());
+  encode_maps(params, checked, *kernel_);
   DeviceGuard guard(ordinal);
-  kernel_->prepare(ordinal);
+  kernel_->kernel.prepare(ordinal);
   CUstream stream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, ordinal));
   params.tile_counter = next_tile_counter(ordinal, stream);
-  kernel_->launch(num_ctas_, &params, stream);
+  kernel_->kernel.launch(num_ctas_, &params, stream);
 }
 
 }  // namespace fa

@@ -1,18 +1,15 @@
 // The forward pass: checks the arguments, fills the kernel's parameters, launches.
 #pragma once
 
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/optional.h>
-
 #include <cstdint>
 
+#include "check.h"
 #include "kernel_registry.h"
 #include "kernels/params.h"
 #include "row_tensor.h"
+#include "tensor_map.h"
 
 namespace fa {
-
-using OptionalTensor = tvm::ffi::Optional<tvm::ffi::TensorView>;
 
 // The tensors of one call, as the caller gave them. Columns of q and k: head_dim; of v and out: head_dim_v.
 struct ForwardTensors {
@@ -26,6 +23,16 @@ struct ForwardTensors {
   OptionalTensor seqused_q;     // int32 (batch)
   OptionalTensor seqused_k;     // int32 (batch)
   OptionalTensor promoted_out;  // fp32, contiguous: scratch, wanted where a sequence has more than kPromotionKeys keys
+};
+
+// A loaded kernel, and what else is fixed when it is compiled.
+struct ForwardKernel {
+  Kernel kernel;
+  int32_t promoted_floats;  // of ForwardParams::promoted_out, for each CTA
+  TensorMapBox q_box;
+  TensorMapBox k_box;
+  TensorMapBox v_box;
+  TensorMapBox o_box;
 };
 
 // What a launch is told beside its tensors; the meaning is that of the same names in ForwardParams.
@@ -70,7 +77,7 @@ class ForwardLauncher {
  private:
   float* promoted_out(const OptionalTensor& tensor) const;
 
-  const Kernel* kernel_ = nullptr;  // null: nothing is launched
+  const ForwardKernel* kernel_ = nullptr;  // null: nothing is launched
   uint32_t num_ctas_;
   ForwardParams params_{};  // the options; a call adds its tensors to a copy
 };

@@ -1,51 +1,39 @@
 #include "kernel_registry.h"
 
-#include <memory>
-#include <mutex>
-#include <shared_mutex>
 #include <utility>
-#include <vector>
 
-#include "check.h"
 #include "driver.h"
-#include "kernels/params.h"
 
 namespace fa {
 namespace {
 
-struct Registry {
-  std::shared_mutex mutex;
-  std::vector<std::unique_ptr<const Kernel>> kernels;
-};
-
-// Never destroyed: at exit the driver may be gone before static destructors run.
-Registry& registry() {
-  static Registry& instance = *new Registry;
-  return instance;
-}
-
-// A kernel that was compiled against another ForwardParams must not be launched with ours.
-void check_params_size(const std::string& symbol, CUkernel kernel) {
+// A kernel that was compiled against another parameter struct must not be launched with ours.
+void check_params_size(const KernelTraits& traits, CUkernel kernel) {
   size_t offset = 0;
   size_t size = 0;
   check_driver(driver().cuKernelGetParamInfo(kernel, 0, &offset, &size), "cuKernelGetParamInfo");
-  FA_CHECK(size == sizeof(ForwardParams), RuntimeError)
-      << symbol << " takes " << size << " bytes of parameters, this runtime passes " << sizeof(ForwardParams)
+  FA_CHECK(size == traits.params_bytes, RuntimeError)
+      << traits.symbol << " takes " << size << " bytes of parameters, this runtime passes " << traits.params_bytes
       << "; kernel and runtime come from different versions of the package, rebuild both";
 }
 
 }  // namespace
 
-Kernel::Kernel(KernelTraits traits, const char* cubin) : traits_(std::move(traits)) {
+CUlibrary load_library(const std::string& name, const char* cubin) {
   RelaxedCaptureGuard relaxed;
   CUlibrary library;
   CUresult result = driver().cuLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError)
-      << "the cubin of " << traits_.symbol << " cannot be loaded: " << describe(result);
-  result = driver().cuLibraryGetKernel(&kernel_, library, traits_.symbol.c_str());
+      << "the cubin of " << name << " cannot be loaded: " << describe(result);
+  return library;
+}
+
+Kernel::Kernel(KernelTraits traits, CUlibrary library) : traits_(std::move(traits)) {
+  RelaxedCaptureGuard relaxed;
+  CUresult result = driver().cuLibraryGetKernel(&kernel_, library, traits_.symbol.c_str());
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError)
       << "the cubin holds no kernel named " << traits_.symbol << ": " << describe(result);
-  check_params_size(traits_.symbol, kernel_);
+  check_params_size(traits_, kernel_);
 }
 
 void Kernel::prepare(int ordinal) const {
@@ -90,23 +78,6 @@ void Kernel::launch(uint32_t num_ctas, const void* params, CUstream stream) cons
   void* arguments[] = {const_cast<void*>(params)};
   CUresult result = driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), arguments, nullptr);
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError) << "launching " << traits_.symbol << " failed: " << describe(result);
-}
-
-int64_t register_kernel(KernelTraits traits, const char* cubin) {
-  auto kernel = std::make_unique<const Kernel>(std::move(traits), cubin);
-  Registry& all = registry();
-  std::unique_lock<std::shared_mutex> lock(all.mutex);
-  all.kernels.push_back(std::move(kernel));
-  return static_cast<int64_t>(all.kernels.size()) - 1;
-}
-
-const Kernel& find_kernel(int64_t handle) {
-  Registry& all = registry();
-  std::shared_lock<std::shared_mutex> lock(all.mutex);
-  int64_t count = static_cast<int64_t>(all.kernels.size());
-  FA_CHECK(0 <= handle && handle < count, ValueError)
-      << "handle is " << handle << "; supported are the handles of the " << count << " loaded kernel(s)";
-  return *all.kernels[static_cast<size_t>(handle)];
 }
 
 }  // namespace fa

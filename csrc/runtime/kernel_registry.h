@@ -5,31 +5,34 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
+#include <vector>
 
+#include "check.h"
 #include "device_guard.h"
-#include "tensor_map.h"
 
 namespace fa {
 
 // What is fixed when a kernel is compiled.
 struct KernelTraits {
   std::string symbol;
-  uint32_t num_threads;     // of a CTA
-  uint32_t smem_bytes;      // dynamic shared memory of a CTA
-  int32_t promoted_floats;  // of ForwardParams::promoted_out, for each CTA
-  uint32_t cluster_size;
-  bool programmatic_launch;  // may start before the kernel ahead of it in the stream has ended
-  TensorMapBox q_box;
-  TensorMapBox k_box;
-  TensorMapBox v_box;
-  TensorMapBox o_box;
+  uint32_t num_threads;  // of a CTA
+  uint32_t smem_bytes;   // dynamic shared memory of a CTA
+  size_t params_bytes;   // the size of its only parameter, in this runtime
+  uint32_t cluster_size = 1;
+  bool programmatic_launch = false;  // may start before the kernel ahead of it in the stream has ended
 };
+
+// Hands a cubin to the driver, which copies it and loads it into a device's context at first use. `name` is for errors.
+CUlibrary load_library(const std::string& name, const char* cubin);
 
 class Kernel {
  public:
-  // Hands the cubin to the driver, which copies it and loads it into a device's context at first use.
-  Kernel(KernelTraits traits, const char* cubin);
+  // Throws RuntimeError if the library has no such kernel, or one with other parameters.
+  Kernel(KernelTraits traits, CUlibrary library);
 
   const KernelTraits& traits() const { return traits_; }
 
@@ -47,10 +50,35 @@ class Kernel {
   static_assert(kMaxDevices <= 64, "one bit for each device");
 };
 
-// Handles count from 0. Kernels are never unloaded: a captured graph may hold them until the process ends.
-int64_t register_kernel(KernelTraits traits, const char* cubin);
+// The loaded kernels of one family, by handles that count from 0. They are never unloaded: a captured graph may hold
+// them until the process ends.
+template <class Loaded>
+class Registry {
+ public:
+  // Never destroyed: at exit the driver may be gone before static destructors run.
+  static Registry& instance() {
+    static Registry& registry = *new Registry;
+    return registry;
+  }
 
-// Throws ValueError for a handle that register_kernel did not return.
-const Kernel& find_kernel(int64_t handle);
+  int64_t add(std::unique_ptr<const Loaded> loaded) {
+    std::unique_lock<std::shared_mutex> lock(mutex_);
+    all_.push_back(std::move(loaded));
+    return static_cast<int64_t>(all_.size()) - 1;
+  }
+
+  // Throws ValueError for a handle that add() did not return.
+  const Loaded& find(int64_t handle) {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    int64_t count = static_cast<int64_t>(all_.size());
+    FA_CHECK(0 <= handle && handle < count, ValueError)
+        << "handle is " << handle << "; supported are the handles of the " << count << " loaded kernel(s)";
+    return *all_[static_cast<size_t>(handle)];
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::vector<std::unique_ptr<const Loaded>> all_;
+};
 
 }  // namespace fa

@@ -11,14 +11,22 @@ import torch
 
 from . import validation
 from .backward_config import Accumulation
-from .backward_plan import BackwardPlan, BackwardProblem, plan_backward
+from .backward_plan import (
+    MAX_BACKWARD_HEAD_DIM,
+    MAX_KERNEL_HEAD_DIM,
+    BackwardPlan,
+    BackwardProblem,
+    plan_backward,
+)
 from .backward_validation import check_backward
 from .launch import device_sms, forward_problem
+from .problem import ScoreScales
 from .signature import BackwardSignature, TensorSpec
 
 NO_CUDA_BACKWARD = (
-    "the backward pass of flash_attn_3 is not available on CUDA devices yet: call the function under torch.no_grad(), "
-    "or detach q, k and v. CPU tensors have gradients"
+    "the backward pass of flash_attn_3 is not available on CUDA devices yet for head_dim={} with head_dim_v={}: there it "
+    f"has head dims up to {MAX_KERNEL_HEAD_DIM} only. Call the function under torch.no_grad(), or detach q, k and v. CPU "
+    f"tensors have gradients for head dims up to {MAX_BACKWARD_HEAD_DIM}"
 )
 
 
@@ -96,5 +104,38 @@ def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
 
 
 def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: BackwardPlan) -> Callable[..., None]:
-    """The kernels do not exist yet."""
-    raise NotImplementedError(NO_CUDA_BACKWARD)
+    """A plan's kernels on a Hopper GPU, with their scratch.
+
+    Raises:
+        NotImplementedError: there are none for these head dims.
+    """
+    from . import compiler, runtime
+
+    forward, spec = problem.forward, call.forward
+    if not plan.has_kernels:
+        raise NotImplementedError(NO_CUDA_BACKWARD.format(forward.head_dim, forward.head_dim_v))
+    scales = ScoreScales.of(spec.scale, float(spec.softcap))
+    launch = runtime.backward_launcher(
+        runtime.load_backward_kernels(compiler.get_kernel(plan.config)),
+        max_seqlen_q=forward.max_seqlen_q,
+        max_seqlen_k=forward.max_seqlen_k,
+        softmax_scale=spec.scale,
+        score_scale=scales.score_scale,
+        exp2_scale=scales.exp2_scale,
+        window_left=forward.mask.window_left,
+        window_right=forward.mask.window_right,
+        attention_chunk=forward.mask.attention_chunk,
+    )
+    rows = math.prod(call.statistics_shape(plan.config.block_m)[1:])
+    device = spec.q.device
+    new_scratch = functools.partial(torch.empty, plan.dq_scratch_floats(rows), dtype=torch.float32, device=device)
+    new_gradients = tuple(map(_allocator, (spec.q, spec.k, spec.v)))
+
+    def run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors) -> None:
+        # The kernels write all gradients; those that nobody wants go to scratch.
+        dq, dk, dv = (
+            new() if gradient is None else gradient for new, gradient in zip(new_gradients, (dq, dk, dv), strict=True)
+        )
+        launch(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors, new_scratch())
+
+    return run

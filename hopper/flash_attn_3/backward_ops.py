@@ -15,6 +15,7 @@ from . import dispatch, validation
 from .arguments import window_sides
 from .backward_plan import backward_tile
 from .backward_validation import check_backward_tensors
+from .config import Score
 from .operators import LIBRARY, Arguments
 from .signature import (
     NUM_INDEX_TENSORS,
@@ -105,7 +106,8 @@ def _fake_signature(call: dict[str, Any], gradients: dispatch.Gradients | None =
 
 
 def _new_statistic(signature: BackwardSignature, q: torch.Tensor) -> torch.Tensor:
-    block_m = backward_tile(q.shape[-1], signature.forward.v.shape[-1]).block_m
+    score = Score.SOFTCAP if signature.forward.softcap > 0 else Score.SCALED
+    block_m = backward_tile(q.shape[-1], signature.forward.v.shape[-1], score).block_m
     return q.new_empty(signature.statistics_shape(block_m)[1:], dtype=torch.float32)
 
 

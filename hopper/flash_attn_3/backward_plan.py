@@ -9,11 +9,16 @@ import dataclasses
 import functools
 
 from .backward_config import Accumulation, BackwardConfig
-from .heuristics import MAX_TILES, head_dim_tiles
+from .config import Score
+from .heuristics import MAX_TILES
 from .problem import ForwardProblem
 
-#: Widest head dim, of q and k as of v, that can be differentiated.
-MAX_BACKWARD_HEAD_DIM = 256
+#: Tile widths; a head dim, of q and k as of v, runs in the smallest that holds it.
+BACKWARD_HEAD_DIM_TILES = (64, 128, 192, 256)
+#: Widest head dim that can be differentiated.
+MAX_BACKWARD_HEAD_DIM = BACKWARD_HEAD_DIM_TILES[-1]
+#: Widest tile that kernels exist for; the CPU model has the others, too.
+MAX_KERNEL_HEAD_DIM = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +29,16 @@ class BackwardTile:
     block_n: int
 
 
-#: The wider one of the two head dim tiles -> the tile that serves it.
+#: The wider one of the two head dim tiles, and the score -> the tile that serves them.
 BACKWARD_TILES = {
-    64: BackwardTile(block_m=128, block_n=128),
-    96: BackwardTile(block_m=64, block_n=128),
-    128: BackwardTile(block_m=64, block_n=128),
-    192: BackwardTile(block_m=64, block_n=96),
-    256: BackwardTile(block_m=64, block_n=80),
+    (64, Score.SCALED): BackwardTile(block_m=128, block_n=128),
+    (64, Score.SOFTCAP): BackwardTile(block_m=64, block_n=128),
+    (128, Score.SCALED): BackwardTile(block_m=64, block_n=128),
+    (128, Score.SOFTCAP): BackwardTile(block_m=64, block_n=128),
+    (192, Score.SCALED): BackwardTile(block_m=64, block_n=96),
+    (192, Score.SOFTCAP): BackwardTile(block_m=64, block_n=96),
+    (256, Score.SCALED): BackwardTile(block_m=64, block_n=80),
+    (256, Score.SOFTCAP): BackwardTile(block_m=64, block_n=80),
 }
 
 
@@ -47,20 +55,35 @@ class BackwardPlan:
     """The planner's answer.
 
     Attributes:
-        config: the kernel of the main loop.
+        config: the kernels.
         num_tiles: blocks of keys over all query heads and sequences (0: no key, or no query head).
     """
 
     config: BackwardConfig
     num_tiles: int
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels exist for these head dims; otherwise the configuration is the CPU model's alone."""
+        return max(self.config.head_dim, self.config.head_dim_v) <= MAX_KERNEL_HEAD_DIM
+
+    def dq_scratch_floats(self, rows: int) -> int:
+        """fp32 elements of scratch that the kernels need for dq.
+
+        Args:
+            rows: rows of statistics, of all heads and sequences together.
+        """
+        config = self.config
+        turns = rows // config.block_m * config.num_consumer_warpgroups
+        return rows * config.head_dim + (turns if config.accumulation is Accumulation.ORDERED else 0)
+
 
 @functools.lru_cache(maxsize=4096)
 def plan_backward(problem: BackwardProblem) -> BackwardPlan:
     """Choose the kernel and the launch shape. The result depends on nothing but the problem."""
     forward = problem.forward
-    head_dim, head_dim_v = head_dim_tiles(forward.head_dim, forward.head_dim_v)
-    tile = backward_tile(forward.head_dim, forward.head_dim_v)
+    head_dim, head_dim_v = backward_head_dim_tiles(forward.head_dim, forward.head_dim_v)
+    tile = backward_tile(forward.head_dim, forward.head_dim_v, forward.score)
     config = BackwardConfig(
         dtype=forward.dtype,
         head_dim=head_dim,
@@ -72,23 +95,35 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
         block_m=tile.block_m,
         block_n=tile.block_n,
     )
-    config.validate()
-    num_n_blocks = -(-forward.max_seqlen_k // config.block_n)
-    num_tiles = num_n_blocks * forward.batch * forward.heads_q
-    if num_tiles > MAX_TILES:
-        raise ValueError(
-            f"the problem has {num_tiles} tiles of {config.block_n} keys (batch={forward.batch}, "
-            f"heads_q={forward.heads_q}, max_seqlen_k={forward.max_seqlen_k}); at most {MAX_TILES} are supported"
-        )
+    num_tiles = _checked_tiles(forward, "max_seqlen_k", config.block_n, "keys")
+    _checked_tiles(forward, "max_seqlen_q", config.block_m, "query rows")
     return BackwardPlan(config, num_tiles)
 
 
-def backward_tile(head_dim: int, head_dim_v: int) -> BackwardTile:
-    """The tile for the caller's head dims. Raises ValueError where no kernel has them."""
+def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The (q/k, v) tile widths that serve these head dims. Raises ValueError where none does."""
     if max(head_dim, head_dim_v) > MAX_BACKWARD_HEAD_DIM:
         limit = f"the backward pass has at most {MAX_BACKWARD_HEAD_DIM}"
         raise ValueError(f"head_dim={head_dim} with head_dim_v={head_dim_v} is not supported; {limit}")
-    return BACKWARD_TILES[max(head_dim_tiles(head_dim, head_dim_v))]
+    tile, tile_v = (next(t for t in BACKWARD_HEAD_DIM_TILES if x <= t) for x in (head_dim, head_dim_v))
+    return tile, tile_v
+
+
+def backward_tile(head_dim: int, head_dim_v: int, score: Score) -> BackwardTile:
+    """The tile for the caller's head dims. Raises ValueError where there is none."""
+    return BACKWARD_TILES[max(backward_head_dim_tiles(head_dim, head_dim_v)), score]
+
+
+def _checked_tiles(problem: ForwardProblem, name: str, rows: int, what: str) -> int:
+    """Blocks of ``rows`` rows over all query heads and sequences. Raises ValueError for more than a grid holds."""
+    seqlen = getattr(problem, name)
+    num_tiles = -(-seqlen // rows) * problem.batch * problem.heads_q
+    if num_tiles > MAX_TILES:
+        raise ValueError(
+            f"the problem has {num_tiles} tiles of {rows} {what} (batch={problem.batch}, "
+            f"heads_q={problem.heads_q}, {name}={seqlen}); at most {MAX_TILES} are supported"
+        )
+    return num_tiles
 
 
 # -- row statistics: one float per query row and head, in scratch whose sequences begin at multiples of block_m ------

@@ -29,6 +29,9 @@ HEAD_DIM_TILES = (64, 96, 128, 192, 256)
 PROMOTION_KEYS = 2**18
 #: Registers a consumer thread needs beside its S, P and O fragments (addresses, row statistics, loop state).
 FRAGMENT_REGISTER_MARGIN = 24
+#: Registers of a thread of each role after setmaxnreg, by the number of consumer warpgroups.
+PRODUCER_REGISTERS = {1: 56, 2: 24, 3: 32, 4: 32}
+CONSUMER_REGISTERS = {1: 256, 2: 240, 3: 160, 4: 112}
 
 
 class ConfigError(ValueError):
@@ -116,6 +119,11 @@ class OutputBuffer(KernelEnum):
     NONE = "kNone"
 
 
+def column_chunk_bytes(width: int, dtype: Dtype) -> int:
+    """Width of the column chunks, and of the swizzle, of a tile in shared memory that has ``width`` columns."""
+    return 128 if width * dtype.num_bytes % 128 == 0 else 64
+
+
 class KernelConfig:
     """What all kernel families share: a stable key and a readable name."""
 
@@ -196,24 +204,21 @@ class ForwardConfig(KernelConfig):
 
     @property
     def producer_registers(self) -> int:
-        return {1: 56, 2: 24, 3: 32, 4: 32}[self.num_consumer_warpgroups]
+        return PRODUCER_REGISTERS[self.num_consumer_warpgroups]
 
     @property
     def consumer_registers(self) -> int:
-        return {1: 256, 2: 240, 3: 160, 4: 112}[self.num_consumer_warpgroups]
+        return CONSUMER_REGISTERS[self.num_consumer_warpgroups]
 
     @property
     def swizzle_bytes(self) -> int:
         """Width of one shared-memory column chunk of q and k: 128 bytes, or 64 where head_dim is no multiple of 64."""
-        return self._swizzle_bytes(self.head_dim)
+        return column_chunk_bytes(self.head_dim, self.dtype)
 
     @property
     def swizzle_bytes_v(self) -> int:
         """The same for v and out."""
-        return self._swizzle_bytes(self.head_dim_v)
-
-    def _swizzle_bytes(self, width: int) -> int:
-        return 128 if width * self.dtype.num_bytes % 128 == 0 else 64
+        return column_chunk_bytes(self.head_dim_v, self.dtype)
 
     @property
     def smem_bytes(self) -> int:

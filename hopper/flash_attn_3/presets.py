@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .backward_config import Accumulation, BackwardConfig
+from .backward_plan import BACKWARD_HEAD_DIM_TILES, BackwardProblem, plan_backward
 from .config import HEAD_DIM_TILES, Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
 from .heuristics import forward_configs, head_dim_tiles
 from .problem import ForwardProblem, MaskSpec
@@ -22,20 +24,28 @@ _HEAD_DIM_STEP = 8
 
 
 def core_configs() -> list[KernelConfig]:
-    """The common set: head dims 64 and 128, both dtypes, full and causal, dense and variable length."""
-    axes = itertools.product((64, 128), (Dtype.BF16, Dtype.FP16), (Mask.FULL, Mask.CAUSAL), SeqLayout)
-    return [
+    """The common set: head dims 64 and 128, both dtypes, full and causal, dense and variable length; the gradients of
+    all of these, added up in any order."""
+    axes = list(itertools.product((64, 128), (Dtype.BF16, Dtype.FP16), (Mask.FULL, Mask.CAUSAL), SeqLayout))
+    forward = [
         config
         for head_dim, dtype, mask, layout in axes
         for config in _forward_configs(head_dim, head_dim, dtype, mask, layout, Score.SCALED)
     ]
+    backward = [
+        _backward_config(head_dim, head_dim, dtype, mask, layout, Score.SCALED, Accumulation.UNORDERED)
+        for head_dim, dtype, mask, layout in axes
+    ]
+    return [*forward, *backward]
 
 
 @functools.lru_cache(maxsize=1)
 def _all_configs() -> tuple[KernelConfig, ...]:
-    axes = itertools.product(_head_dim_pairs(), Dtype, Mask, SeqLayout, Score)
-    configs = (_forward_configs(*dims, dtype, mask, layout, score) for dims, dtype, mask, layout, score in axes)
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(configs)))
+    kinds = (Dtype, Mask, SeqLayout, Score)
+    forward = (_forward_configs(*dims, *kind) for dims, *kind in itertools.product(_head_dim_pairs(), *kinds))
+    backward = itertools.product(BACKWARD_HEAD_DIM_TILES, BACKWARD_HEAD_DIM_TILES, *kinds, Accumulation)
+    found = itertools.chain(*forward, (_backward_config(*axes) for axes in backward))
+    return tuple(config for config in dict.fromkeys(found) if config is not None)
 
 
 def all_configs() -> list[KernelConfig]:
@@ -98,7 +108,28 @@ def _forward_configs(
     head_dim: int, head_dim_v: int, dtype: Dtype, mask: Mask, layout: SeqLayout, score: Score
 ) -> list[ForwardConfig]:
     """What the planner answers to sequences of every length; the kernels depend on nothing else."""
-    problem = ForwardProblem(
+    return forward_configs(_problem(head_dim, head_dim_v, dtype, mask, layout, score))
+
+
+def _backward_config(
+    head_dim: int,
+    head_dim_v: int,
+    dtype: Dtype,
+    mask: Mask,
+    layout: SeqLayout,
+    score: Score,
+    accumulation: Accumulation,
+) -> BackwardConfig | None:
+    """What the planner of the backward pass answers; None where it knows no kernel."""
+    problem = _problem(head_dim, head_dim_v, dtype, mask, layout, score)
+    plan = plan_backward(BackwardProblem(problem, accumulation))
+    return plan.config if plan.has_kernels else None
+
+
+def _problem(
+    head_dim: int, head_dim_v: int, dtype: Dtype, mask: Mask, layout: SeqLayout, score: Score
+) -> ForwardProblem:
+    return ForwardProblem(
         dtype=dtype,
         batch=1,
         max_seqlen_q=8192,
@@ -112,4 +143,3 @@ def _forward_configs(
         seq_layout=layout,
         num_sms=132,
     )
-    return forward_configs(problem)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import WARPGROUP_ROWS
+from .backward_config import Accumulation
+from .config import WARPGROUP_ROWS, SeqLayout
 from .errors import UnsupportedDeviceError
 from .runtime_build import LIBRARY_NAME
 
@@ -36,8 +37,10 @@ class RuntimeLibraryError(RuntimeError):
 class RuntimeLibrary:
     """The functions of the library, looked up once. Their C++ side is in csrc/runtime/exports.cc."""
 
-    kernel_load: Callable[..., int]
+    forward_load: Callable[..., int]
     forward_launcher: Callable[..., Callable[..., None]]
+    backward_load: Callable[..., int]
+    backward_launcher: Callable[..., Callable[..., None]]
     num_sms: Callable[[int], int]
     compute_capability: Callable[[int], tuple[int, int]]
     tensor_map_geometry: Callable[..., list[int]]
@@ -71,7 +74,7 @@ def _library() -> RuntimeLibrary:
 
 @functools.cache
 def load_kernel(kernel: CompiledKernel) -> int:
-    """The handle of a compiled kernel, valid on every device of its architecture until the process ends.
+    """The handle of a compiled forward kernel, valid on every device of its architecture until the process ends.
 
     Raises:
         RuntimeError: the driver refuses the cubin, or it was built for another version of the runtime.
@@ -79,7 +82,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
         RuntimeLibraryError: the runtime library has not been built.
     """
     config = kernel.config
-    return _library().kernel_load(
+    return _library().forward_load(
         kernel.cubin.read_bytes(),
         kernel.symbol,
         kernel.num_threads,
@@ -91,6 +94,29 @@ def load_kernel(kernel: CompiledKernel) -> int:
         config.promoted_floats,
         _CLUSTER_SIZE,
         _PROGRAMMATIC_LAUNCH,
+    )
+
+
+@functools.cache
+def load_backward_kernels(kernels: CompiledKernel) -> int:
+    """The handle of the compiled kernels of a backward pass; raises as `load_kernel`."""
+    config = kernels.config
+    return _library().backward_load(
+        kernels.cubin.read_bytes(),
+        kernels.symbol,
+        kernels.num_threads,
+        kernels.smem_bytes,
+        config.preprocess_threads,
+        config.postprocess_threads,
+        config.head_dim,
+        config.head_dim_v,
+        config.block_m,
+        config.block_n,
+        config.swizzle_bytes // config.dtype.num_bytes,
+        config.swizzle_bytes_v // config.dtype.num_bytes,
+        WARPGROUP_ROWS,
+        config.seq_layout is SeqLayout.VARLEN,
+        config.accumulation is Accumulation.ORDERED,
     )
 
 
@@ -154,6 +180,56 @@ def forward_launcher(
         num_value_passes,
         heads_per_section,
         least_heads_in_last_section,
+        score_scale,
+        exp2_scale,
+        window_left,
+        window_right,
+        attention_chunk,
+    )
+
+
+def backward_launcher(
+    handle: int,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    score_scale: float,
+    exp2_scale: float,
+    window_left: int,
+    window_right: int,
+    attention_chunk: int,
+) -> Callable[..., None]:
+    """A backward pass but for its tensors.
+
+    Returns ``launch(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
+    seqused_k, dq_scratch)``.
+
+    Each call of ``launch`` enqueues one pass, three kernels, on the current stream of the tensors' device and writes
+    every row of ``dq``, ``dk`` and ``dv``; those that take part in nothing become zeros. It does not wait for the GPU,
+    may be captured into a CUDA graph, and may be called by several threads at once.
+
+    Args:
+        handle: from `load_backward_kernels`.
+        softmax_scale: of the scores.
+        max_seqlen_q, max_seqlen_k, score_scale, exp2_scale, window_left, window_right, attention_chunk: as in
+            `forward_launcher`.
+
+    Args of ``launch``, all by position; q, k, v, lse and the index tensors as in `forward_launcher`:
+        dout, out: as ``q``, with head_dim_v columns.
+        dlse: gradient of ``lse``, shaped like it, or None where it is zero.
+        statistics: fp32 scratch of `signature.BackwardSignature.statistics_shape`, contiguous.
+        dq, dk, dv: as ``q``, ``k`` and ``v``; the gradients.
+        dq_scratch: fp32 scratch of `backward_plan.BackwardPlan.dq_scratch_floats` elements.
+
+    Raises:
+        As `forward_launcher`; ValueError, from ``launch``, also where ``q`` or ``k`` is empty.
+    """
+    return _library().backward_launcher(
+        handle,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
         score_scale,
         exp2_scale,
         window_left,

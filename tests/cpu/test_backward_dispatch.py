@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpu_calls import random_qkv
-from flash_attn_3 import backward_launch, dispatch, runtime
+from flash_attn_3 import backward_launch, compiler, dispatch, runtime
 from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.config import Mask, Score, SeqLayout
 from flash_attn_3.errors import UnsupportedDeviceError
@@ -20,6 +20,7 @@ from flash_attn_interface import flash_attn_func
 DEVICE = torch.device("cuda", 1)
 BF16, FP16, INT32 = torch.bfloat16, torch.float16, torch.int32
 NAMES = ("dout", "q", "k", "v", "out", "lse", "dlse", "statistics", "dq", "dk", "dv")
+INDEX_NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
 @dataclasses.dataclass
@@ -79,9 +80,67 @@ def call(
     return {name: empty(*s, dtype=dtypes.get(name, dtype), device=device) for name, s in shapes.items()}
 
 
-def test_not_available_on_cuda_devices_yet(hopper):
-    with pytest.raises(NotImplementedError, match=r"backward pass.*not available on CUDA.*no_grad.*detach"):
-        dispatch.backward(**call())
+@pytest.mark.parametrize("head_dims", [(192, 128), (136, 136), (256, 256), (64, 136)])
+def test_head_dims_without_kernels(head_dims, hopper):
+    d, dv = head_dims
+    text = rf"head_dim={d} with head_dim_v={dv}.*up to 128 only.*no_grad.*detach"
+    with pytest.raises(NotImplementedError, match=text):
+        dispatch.backward(**call(head_dims=head_dims))
+
+
+@pytest.fixture
+def launchers(hopper, monkeypatch) -> list[dict[str, Any]]:
+    """The options of every launcher that is made; each notes its calls under "calls"."""
+    made = []
+
+    def backward_launcher(handle, **options):
+        made.append({"handle": handle, "calls": [], **options})
+        return lambda *tensors: made[-1]["calls"].append(dict(zip((*NAMES, *INDEX_NAMES, "dq_scratch"), tensors)))
+
+    monkeypatch.setattr(compiler, "get_kernel", lambda config: config)
+    monkeypatch.setattr(runtime, "load_backward_kernels", lambda kernels: kernels)
+    monkeypatch.setattr(runtime, "backward_launcher", backward_launcher)
+    return made
+
+
+def test_what_the_runtime_is_asked(launchers):
+    options = ForwardOptions(window_size=(3, 5), attention_chunk=9, softcap=2.0, softmax_scale=0.5)
+    tensors = call(head_dims=(64, 128))
+    (dq, dk, dv), statistics = dispatch.backward(**tensors, options=options)
+    (launcher,) = launchers
+    (launched,) = launcher.pop("calls")
+    assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_m64n128s2"
+    assert launcher.pop("exp2_scale") == pytest.approx(2.0 * math.log2(math.e))
+    assert launcher == {
+        "max_seqlen_q": 300,
+        "max_seqlen_k": 500,
+        "softmax_scale": 0.5,
+        "score_scale": 0.25,
+        "window_left": 3,
+        "window_right": 5,
+        "attention_chunk": 9,
+    }
+    scratch = launched.pop("dq_scratch")
+    assert (scratch.shape, scratch.dtype, scratch.device) == ((2 * 4 * 320 * 64,), torch.float32, DEVICE)
+    given = {**tensors, "dq": dq, "dk": dk, "dv": dv, "statistics": statistics, **dict.fromkeys(INDEX_NAMES)}
+    assert launched.keys() == given.keys()
+    assert all(launched[name] is x for name, x in given.items())
+
+
+def test_unwanted_gradients_go_to_scratch(launchers):
+    tensors = call()
+    (dq, dk, dv), _ = dispatch.backward(**tensors, wanted=(False, True, False))
+    (launched,) = launchers[0]["calls"]
+    assert dq is dv is None and launched["dk"] is dk
+    assert [launched[name].shape for name in ("dq", "dv")] == [tensors["q"].shape, tensors["v"].shape]
+
+
+def test_ordered_additions_need_turns(launchers):
+    dispatch.backward(**call(), deterministic=True)
+    assert launchers[0]["handle"].accumulation is Accumulation.ORDERED
+    (launched,) = launchers[0]["calls"]
+    rows = 2 * 4 * 384
+    assert launched["dq_scratch"].shape == (rows * 64 + rows // 128 * 2,)
 
 
 @pytest.mark.parametrize("lengths", [(0, 500), (300, 0)], ids=str)

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compiled_calls import BACKENDS
 from cpu_calls import random_qkv
 from flash_attn_3.backward_plan import backward_tile
+from flash_attn_3.config import Score
 from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
 from gradient_calls import NAN, random_gradients
 
@@ -157,7 +158,7 @@ def test_row_statistics(head_dims):
     """softmax_d = sum(dout * out), and the log-sum-exp in base 2, padded to whole blocks of rows."""
     arguments = call(head_dims)
     softmax_d, lse_log2, *accumulators = NAMESPACE.bwd(**arguments)
-    block_m = backward_tile(*head_dims).block_m
+    block_m = backward_tile(*head_dims, Score.SCALED).block_m
     assert softmax_d.shape == lse_log2.shape == (2, 4, -(-100 // block_m) * block_m)
     expected = (arguments["dout"].float() * arguments["out"].float()).sum(-1).transpose(1, 2)
     torch.testing.assert_close(softmax_d[..., :100], expected, rtol=1e-5, atol=1e-5)

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from flash_attn_3 import codegen, config, presets, toolchain
-from flash_attn_3.config import ConfigError, Dtype, ForwardConfig, KernelConfig, KernelEnum
+from flash_attn_3.backward_config import Accumulation, BackwardConfig
+from flash_attn_3.config import ConfigError, Dtype, ForwardConfig, KernelConfig, KernelEnum, Score
 
 ALL_CONFIGS = presets.all_configs()
+FORWARD_CONFIGS = [config for config in ALL_CONFIGS if isinstance(config, ForwardConfig)]
+BACKWARD_CONFIGS = [config for config in ALL_CONFIGS if isinstance(config, BackwardConfig)]
 COMMON_MMA_N = (8, 16, 32, 64, 96, 128, 192, 256)
 
 
@@ -23,7 +26,7 @@ def camel(name: str) -> str:
 
 
 @pytest.mark.parametrize("kernel", ALL_CONFIGS, ids=lambda kernel: kernel.name)
-def test_every_config_validates_and_renders(kernel: ForwardConfig):
+def test_every_config_validates_and_renders(kernel: KernelConfig):
     kernel.validate()
     source = codegen.render(kernel)
 
@@ -33,11 +36,35 @@ def test_every_config_validates_and_renders(kernel: ForwardConfig):
         value = getattr(kernel, field.name)
         assert traits[camel(field.name)] == (f"fa::{value.cpp}" if isinstance(value, KernelEnum) else str(value))
 
-    assert source.count(f" {kernel.name}(const __grid_constant__ fa::ForwardParams params)") == 1
-    assert f"__launch_bounds__({kernel.num_threads}, 1)" in source
+    assert "#include" in source
+
+
+@pytest.mark.parametrize("kernel", FORWARD_CONFIGS, ids=lambda kernel: kernel.name)
+def test_a_forward_pass_is_one_kernel(kernel: ForwardConfig):
+    source = codegen.render(kernel)
+    assert entry_points(source) == {kernel.name: (kernel.num_threads, "ForwardParams")}
     extended = kernel.block_n not in COMMON_MMA_N or kernel.head_dim_v not in COMMON_MMA_N
     assert ("CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED" in source) == extended
     assert source.index("#include") > source.find("#define")
+
+
+@pytest.mark.parametrize("kernel", BACKWARD_CONFIGS, ids=lambda kernel: kernel.name)
+def test_a_backward_pass_is_three_kernels(kernel: BackwardConfig):
+    source = codegen.render(kernel)
+    assert entry_points(source) == {
+        kernel.name: (384, "BackwardParams"),
+        f"{kernel.name}_preprocess": (256, "BackwardParams"),
+        f"{kernel.name}_postprocess": (256, "BackwardParams"),
+    }
+    assert "CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED" not in source
+
+
+def entry_points(source: str) -> dict[str, tuple[int, str]]:
+    """Symbol -> (threads of a CTA, type of the parameter)."""
+    pattern = (
+        r'extern "C" __global__ void __launch_bounds__\((\d+), 1\)\s+(\w+)\(const __grid_constant__ fa::(\w+) params\)'
+    )
+    return {symbol: (int(threads), params) for threads, symbol, params in re.findall(pattern, source)}
 
 
 def test_names_and_sources_are_unique():
@@ -60,21 +87,56 @@ def test_names_and_sources_are_unique():
 )
 def test_derived_values_are_tied_to_the_headers(derived):
     for kernel in ALL_CONFIGS:
-        expected = f"static_assert(fa::ForwardShape<Traits>::{camel(derived)} == {getattr(kernel, derived)},"
+        shape = "ForwardShape" if kernel in FORWARD_CONFIGS else "BackwardShape"
+        expected = f"static_assert(fa::{shape}<Traits>::{camel(derived)} == {getattr(kernel, derived)},"
         assert expected in codegen.render(kernel)
+
+
+def test_derived_values_of_the_backward_pass_are_tied_to_the_headers():
+    for kernel in BACKWARD_CONFIGS:
+        source = codegen.render(kernel)
+        for twin in (
+            f"fa::BackwardShape<Traits>::kDqColumns == {kernel.dq_columns},",
+            f"fa::Preprocess<Traits>::kNumThreads == {kernel.preprocess_threads},",
+            f"fa::Postprocess<Traits>::kNumThreads == {kernel.postprocess_threads},",
+        ):
+            assert f"static_assert({twin}" in source
 
 
 @pytest.mark.parametrize(("dtype", "operands"), [(Dtype.BF16, "BF16BF16"), (Dtype.FP16, "F16F16")])
 def test_mma_atoms(dtype, operands):
-    kernel = next(c for c in ALL_CONFIGS if (c.dtype, c.head_dim, c.head_dim_v) == (dtype, 192, 128))
+    kernel = next(c for c in FORWARD_CONFIGS if (c.dtype, c.head_dim, c.head_dim_v) == (dtype, 192, 128))
     source = " ".join(codegen.render(kernel).split())
     gmma = "cute::SM90::GMMA::"
     assert f"using QkMma = {gmma}MMA_64x128x16_F32{operands}_SS< {gmma}Major::K, {gmma}Major::K>;" in source
     assert f"using PvMma = {gmma}MMA_64x128x16_F32{operands}_RS< {gmma}Major::K, {gmma}Major::MN>;" in source
 
 
+@pytest.mark.parametrize(
+    ("dims", "score", "dq_columns"),
+    [
+        ((64, 64), Score.SCALED, 64),  # of half of the rows
+        ((64, 64), Score.SOFTCAP, 32),
+        ((64, 128), Score.SCALED, 32),
+        ((128, 64), Score.SCALED, 64),
+        ((128, 128), Score.SCALED, 64),
+    ],
+)
+def test_mma_atoms_of_the_backward_pass(dims, score, dq_columns):
+    kernel = next(c for c in BACKWARD_CONFIGS if (c.head_dim, c.head_dim_v, c.score) == (*dims, score))
+    source = " ".join(codegen.render(kernel).split())
+    atoms = re.findall(r"using (\w+) = \S+MMA_64x(\d+)x16_F32\w+?_([SR]S)< \S+::(\w+), \S+::(\w+)>;", source)
+    assert atoms == [
+        ("ScoresMma", str(kernel.block_m), "SS", "K", "K"),
+        ("DvMma", str(dims[1]), "RS", "K", "MN"),
+        ("DkMma", str(dims[0]), "RS", "K", "MN"),
+        ("DqMma", str(dq_columns), "SS", "MN", "MN"),
+    ]
+
+
 def kernel_enums() -> list[type[KernelEnum]]:
-    return [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, KernelEnum)][1:]
+    values = (*vars(config).values(), Accumulation)
+    return [value for value in values if isinstance(value, type) and issubclass(value, KernelEnum)][1:]
 
 
 @pytest.mark.parametrize("enum", kernel_enums(), ids=lambda enum: enum.__name__)
@@ -92,7 +154,7 @@ def test_invalid_config_is_refused():
 
 
 def test_unknown_family_is_refused():
-    with pytest.raises(TypeError, match="must be a ForwardConfig, got KernelConfig"):
+    with pytest.raises(TypeError, match="must be a ForwardConfig or a BackwardConfig, got KernelConfig"):
         codegen.render(KernelConfig())
 
 

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_attn_3 import codegen, compiler, generate, heuristics, presets, tile_table
+from flash_attn_3.backward_config import Accumulation
+from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, Mask, Schedule, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, normalize_mask
@@ -48,9 +50,10 @@ problems = st.builds(
 
 
 def test_core_is_the_common_set():
-    axes = {(c.head_dim, c.head_dim_v, c.dtype, c.mask, c.seq_layout, c.score) for c in CORE}
+    axes = {(c.FAMILY, c.head_dim, c.head_dim_v, c.dtype, c.mask, c.seq_layout, c.score) for c in CORE}
     assert axes == {
-        (d, d, dtype, mask, layout, Score.SCALED)
+        (family, d, d, dtype, mask, layout, Score.SCALED)
+        for family in ("fwd", "bwd")
         for d in (64, 128)
         for dtype in Dtype
         for mask in (Mask.FULL, Mask.CAUSAL)
@@ -68,7 +71,7 @@ def test_a_preset_has_the_kernels_of_every_length(monkeypatch):
     short = tile_table.TileChoice(1, tile_table.ForwardTile(64, 16, schedule=Schedule.INTRA_WARPGROUP), 1)
     split = tile_table.TileTable((), {**table.choices, key: (short, longest)})
     monkeypatch.setattr(heuristics, "forward_tiles", lambda: split)
-    configs = [c for c in presets.core_configs() if (c.head_dim, c.mask) == (128, Mask.CAUSAL)]
+    configs = [c for c in presets.core_configs() if (c.FAMILY, c.head_dim, c.mask) == ("fwd", 128, Mask.CAUSAL)]
     assert {(c.block_m, c.block_n) for c in configs} == {(64, 16), (longest.tile.block_m, longest.tile.block_n)}
     assert len(configs) == 2 * len(Dtype) * len(SeqLayout)
 
@@ -89,6 +92,12 @@ def test_the_planner_chooses_from_all(problem):
         assert "head_dim" in str(error)
         return
     assert config in presets._all_configs()
+
+
+@given(problems, st.sampled_from(Accumulation))
+def test_the_planner_of_the_backward_pass_chooses_from_all(problem, accumulation):
+    if max(problem.head_dim, problem.head_dim_v) <= 128:
+        assert plan_backward(BackwardProblem(problem, accumulation)).config in presets._all_configs()
 
 
 def test_presets_by_name():

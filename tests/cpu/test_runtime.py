@@ -197,4 +197,4 @@ def test_kernel_traits_that_cannot_be(index, value, text):
     traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1, False]
     traits[index] = value
     with pytest.raises(ValueError, match=f"^{text}"):
-        library().kernel_load(*traits)
+        library().forward_load(*traits)

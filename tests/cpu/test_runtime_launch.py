@@ -37,7 +37,7 @@ def machine(tmp_path_factory):
 
 
 def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1, programmatic_launch=False):
-    return library(path).kernel_load(
+    return library(path).forward_load(
         *(b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows),
         *(promoted_floats, cluster_size, programmatic_launch),
     )

@@ -1,0 +1,138 @@
+#include "backward.h"
+
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include "device_guard.h"
+#include "tile_counters.h"
+
+namespace fa {
+namespace {
+
+HeadRows head_rows(const RowTensor& tensor) {
+  return {reinterpret_cast<void*>(tensor.address), tensor.batch > 1 ? tensor.batch_stride : 0,
+          tensor.rows > 1 ? tensor.row_stride : 0, tensor.heads > 1 ? tensor.head_stride : 0};
+}
+
+void fill_rows(BackwardParams& params, const CheckedBackwardTensors& checked) {
+  params.out = head_rows(checked.out);
+  params.dout_rows = head_rows(checked.dout);
+  params.dq_rows = head_rows(checked.dq);
+  params.dk_rows = head_rows(checked.dk);
+  params.dv_rows = head_rows(checked.dv);
+}
+
+int64_t batch_stride(const TensorView& statistic) { return statistic.ndim() == 3 ? statistic.stride(0) : 0; }
+
+void fill_lse(BackwardParams& params, const BackwardTensors& tensors) {
+  params.lse = reinterpret_cast<const float*>(data_address(tensors.lse));
+  params.lse_batch_stride = batch_stride(tensors.lse);
+  params.lse_head_stride = tensors.lse.stride(-2);
+  if (!tensors.dlse.has_value()) return;
+  params.dlse = reinterpret_cast<const float*>(data_address(tensors.dlse.value()));
+  params.dlse_batch_stride = batch_stride(tensors.dlse.value());
+  params.dlse_head_stride = tensors.dlse.value().stride(-2);
+}
+
+// The statistics are softmax_d and lse_log2, one after the other. Turns come after the blocks of dq.
+void fill_scratch(BackwardParams& params, const BackwardTensors& tensors, const CheckedBackwardTensors& checked,
+                  const BackwardKernels& kernels) {
+  int64_t rows = tensors.statistics.numel() / 2;
+  params.delta = reinterpret_cast<float*>(data_address(tensors.statistics));
+  params.lse_log2 = params.delta + rows;
+  params.rows_head_stride = checked.scratch_rows;
+  params.rows_batch_stride = tensors.cu_seqlens_q.has_value() ? 0 : checked.scratch_rows * checked.q.heads;
+  params.dq_blocks = reinterpret_cast<float*>(data_address(tensors.dq_scratch));
+  if (kernels.ordered) params.dq_turns = reinterpret_cast<int32_t*>(params.dq_blocks + rows * kernels.head_dim);
+}
+
+// The sequence lengths of packed sides are options.
+void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const CheckedBackwardTensors& checked,
+                const BackwardKernels& kernels) {
+  params.cu_seqlens_q = index_pointer(tensors.cu_seqlens_q);
+  params.cu_seqlens_k = index_pointer(tensors.cu_seqlens_k);
+  params.seqused_q = index_pointer(tensors.seqused_q);
+  params.seqused_k = index_pointer(tensors.seqused_k);
+  params.batch = checked_int32("batch", checked.batch, 0);
+  params.heads_q = checked_int32("heads of q", checked.q.heads, 0);
+  params.heads_kv = checked_int32("heads of k", checked.k.heads, 0);
+  params.head_dim = checked_int32("columns of q", checked.q.columns, 1);
+  params.head_dim_v = checked_int32("columns of v", checked.v.columns, 1);
+  params.row_bound_q = checked_int32("rows of q", checked.q.rows, 0);
+  params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
+  if (params.cu_seqlens_q == nullptr) params.seqlen_q = params.row_bound_q;
+  if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
+  params.num_m_blocks = static_cast<int32_t>((params.seqlen_q + kernels.block_m - 1) / kernels.block_m);
+}
+
+void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, const BackwardKernels& kernels) {
+  params.q = encode_tensor_map(checked.q, kernels.q_box);
+  params.dout = encode_tensor_map(checked.dout, kernels.dout_box);
+  params.k = encode_tensor_map(checked.k, kernels.k_box);
+  params.v = encode_tensor_map(checked.v, kernels.v_box);
+  params.dk = encode_tensor_map(checked.dk, kernels.dk_box);
+  params.dv = encode_tensor_map(checked.dv, kernels.dv_box);
+}
+
+void fill_options(BackwardParams& params, const BackwardOptions& options) {
+  constexpr int64_t kUnlimited = -1;
+  params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
+  params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
+  params.softmax_scale = static_cast<float>(options.softmax_scale);
+  params.score_scale = static_cast<float>(options.score_scale);
+  params.exp2_scale = static_cast<float>(options.exp2_scale);
+  params.window_left = checked_int32("window_left", options.window_left, kUnlimited);
+  params.window_right = checked_int32("window_right", options.window_right, kUnlimited);
+  params.attention_chunk = checked_int32("attention_chunk", options.attention_chunk, 0);
+}
+
+// CTAs of each kernel; all grids are one-dimensional, so that batches and heads have no limit of their own.
+struct Grids {
+  uint32_t preprocess, main, postprocess;
+};
+
+uint32_t checked_ctas(const char* name, int64_t num_ctas) {
+  return static_cast<uint32_t>(checked_int32(name, num_ctas, 0));
+}
+
+Grids grids(const BackwardParams& params, const BackwardKernels& kernels) {
+  int64_t query_blocks = int64_t{params.num_m_blocks} * params.heads_q * params.batch;
+  int64_t key_blocks = (params.seqlen_k + kernels.block_n - 1) / kernels.block_n * params.heads_kv * params.batch;
+  int64_t clearing = kernels.varlen ? int64_t{params.batch} * kUnusedRowCtas : 0;
+  return {checked_ctas("blocks of query rows", query_blocks + clearing), checked_ctas("blocks of keys", key_blocks),
+          checked_ctas("blocks of query rows", query_blocks)};
+}
+
+void launch(const Kernel& kernel, uint32_t num_ctas, const BackwardParams& params, CUstream stream) {
+  if (num_ctas > 0) kernel.launch(num_ctas, &params, stream);
+}
+
+}  // namespace
+
+BackwardLauncher::BackwardLauncher(int64_t handle, const BackwardOptions& options)
+    : kernels_(&Registry<BackwardKernels>::instance().find(handle)) {
+  fill_options(params_, options);
+}
+
+void BackwardLauncher::operator()(const BackwardTensors& tensors) const {
+  CheckedBackwardTensors checked = check_backward_tensors(tensors, *kernels_);
+  BackwardParams params = params_;
+  fill_rows(params, checked);
+  fill_lse(params, tensors);
+  fill_scratch(params, tensors, checked, *kernels_);
+  fill_sizes(params, tensors, checked, *kernels_);
+  Grids ctas = grids(params, *kernels_);
+
+  int ordinal = tensors.q.device().device_id;
+  encode_maps(params, checked, *kernels_);
+  DeviceGuard guard(ordinal);
+  for (const Kernel* kernel : {&kernels_->preprocess, &kernels_->main, &kernels_->postprocess}) {
+    kernel->prepare(ordinal);
+  }
+  CUstream stream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, ordinal));
+  if (kernels_->ordered) params.tile_counter = next_tile_counter(ordinal, stream);
+  launch(kernels_->preprocess, ctas.preprocess, params, stream);
+  launch(kernels_->main, ctas.main, params, stream);
+  launch(kernels_->postprocess, ctas.postprocess, params, stream);
+}
+
+}  // namespace fa
