@@ -29,3 +29,12 @@ extern "C" int map_row(const fa::Sequence* sequence, int row_bound, int row) {
 }
 
 extern "C" int map_origin(const fa::Sequence* sequence) { return sequence->map_origin(); }
+
+extern "C" void rows_behind(const fa::Sequence* sequence, int batch, int num_sequences, int stored_rows,
+                            const int32_t* cu_seqlens, fa::RowRange* result) {
+  *result = fa::rows_behind(*sequence, batch, num_sequences, stored_rows, cu_seqlens);
+}
+
+extern "C" int padded_offset(int first_row, int batch, int block_m) {
+  return fa::padded_offset(first_row, batch, block_m);
+}

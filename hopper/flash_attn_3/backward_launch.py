@@ -24,9 +24,9 @@ from .problem import ScoreScales
 from .signature import BackwardSignature, TensorSpec
 
 NO_CUDA_BACKWARD = (
-    "the backward pass of flash_attn_3 is not available on CUDA devices yet for head_dim={} with head_dim_v={}: there it "
-    f"has head dims up to {MAX_KERNEL_HEAD_DIM} only. Call the function under torch.no_grad(), or detach q, k and v. CPU "
-    f"tensors have gradients for head dims up to {MAX_BACKWARD_HEAD_DIM}"
+    "the backward pass of flash_attn_3 is not available on CUDA devices yet for head_dim={} with head_dim_v={}: there "
+    f"it has head dims up to {MAX_KERNEL_HEAD_DIM} only. Call the function under torch.no_grad(), or detach q, k and "
+    f"v. CPU tensors have gradients for head dims up to {MAX_BACKWARD_HEAD_DIM}"
 )
 
 

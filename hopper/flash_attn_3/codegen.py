@@ -146,7 +146,7 @@ def _forward_mma_atoms(config: ForwardConfig) -> list[str]:
 
 
 def _backward_mma_atoms(config: BackwardConfig) -> list[str]:
-    """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, whose first operands are in registers; dQ = dS K."""
+    """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, first operands in registers; dQ = dS K."""
     return [
         _mma_atom("ScoresMma", config.dtype, config.block_m, "SS", "K", "K"),
         _mma_atom("DvMma", config.dtype, config.head_dim_v, "RS", "K", "MN"),

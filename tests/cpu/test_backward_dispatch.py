@@ -95,7 +95,8 @@ def launchers(hopper, monkeypatch) -> list[dict[str, Any]]:
 
     def backward_launcher(handle, **options):
         made.append({"handle": handle, "calls": [], **options})
-        return lambda *tensors: made[-1]["calls"].append(dict(zip((*NAMES, *INDEX_NAMES, "dq_scratch"), tensors)))
+        names = (*NAMES, *INDEX_NAMES, "dq_scratch")
+        return lambda *tensors: made[-1]["calls"].append(dict(zip(names, tensors, strict=True)))
 
     monkeypatch.setattr(compiler, "get_kernel", lambda config: config)
     monkeypatch.setattr(runtime, "load_backward_kernels", lambda kernels: kernels)

@@ -82,7 +82,7 @@ def test_values_too_wide():
 
 
 def test_scratch_for_dq():
-    """One float for each column of the tile; where additions are ordered, a turn for each warpgroup's part of a block."""
+    """One float for each column of the tile; with ordered additions a turn for each warpgroup's part of a block."""
     plan = plan_backward(problem(head_dim=72))
     assert plan.dq_scratch_floats(640) == 640 * 128
     ordered = plan_backward(dataclasses.replace(PROBLEM, accumulation=Accumulation.ORDERED))

@@ -112,16 +112,10 @@ def test_window_that_misses_the_first_blocks_is_cut_on_both_sides():
 # -- query blocks of a block of keys -----------------------------------------------------------------------------
 
 
-@settings(max_examples=2500)
-@given(tiles(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_len=40))
-@example((MaskSpec(Mask.CAUSAL, UNLIMITED, 0), 0, 4, 4, 3, 9))  # every row sees the leading keys
-@example((MaskSpec(Mask.LOCAL, 3, 2, 0), 0, 4, 4, 5, 12))  # W1: keys left of every window
-@example((MaskSpec(Mask.LOCAL, UNLIMITED, UNLIMITED, 4), 0, 3, 4, 6, 11))  # chunks before the first row
-@example((MaskSpec(Mask.FULL), 0, 4, 4, 6, 3))  # N3: no query block is full beside keys that do not exist
-def test_query_blocks_match_brute_force(tile):
-    """``tiles`` with the sides exchanged: there is a key, but perhaps no row."""
+def check_query_blocks_against_brute_force(function: BlockRangeFunction, tile: tuple) -> None:
+    """``tile`` with the sides exchanged: there is a key, but perhaps no row."""
     mask, n_block, block_n, block_m, len_k, len_q = tile
-    blocks = query_block_range(mask, n_block, block_m, block_n, len_q, len_k)
+    blocks = function(mask, n_block, block_m, block_n, len_q, len_k)
     num_m_blocks = -(-len_q // block_m)
     assert 0 <= blocks.begin <= blocks.full_begin <= blocks.full_end <= blocks.end <= num_m_blocks
     keys = range(n_block * block_n, (n_block + 1) * block_n)
@@ -130,6 +124,16 @@ def test_query_blocks_match_brute_force(tile):
         visible = [key < len_k and sees(mask, row, key, len_q, len_k) for row in rows for key in keys]
         assert any(visible) == (blocks.begin <= m_block < blocks.end), m_block
         assert all(visible) == blocks.is_full(m_block), m_block
+
+
+@settings(max_examples=2500)
+@given(tiles(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_len=40))
+@example((MaskSpec(Mask.CAUSAL, UNLIMITED, 0), 0, 4, 4, 3, 9))  # every row sees the leading keys
+@example((MaskSpec(Mask.LOCAL, 3, 2, 0), 0, 4, 4, 5, 12))  # W1: keys left of every window
+@example((MaskSpec(Mask.LOCAL, UNLIMITED, UNLIMITED, 4), 0, 3, 4, 6, 11))  # chunks before the first row
+@example((MaskSpec(Mask.FULL), 0, 4, 4, 6, 3))  # N3: no query block is full beside keys that do not exist
+def test_query_blocks_match_brute_force(tile):
+    check_query_blocks_against_brute_force(query_block_range, tile)
 
 
 @settings(max_examples=1000)
@@ -188,3 +192,68 @@ def test_header_matches_brute_force_with_packed_heads(packed_tile):
 @given(tile=tiles(st.sampled_from(COMPILED_TILES), max_len=3000))
 def test_header_matches_model_on_long_sequences(tile):
     assert header_block_range(*tile) == block_range(*tile)
+
+
+#: (block_n, block_m), for `tiles` with the sides exchanged.
+EXCHANGED_TILES = [(block_n, block_m) for block_m, block_n in COMPILED_TILES]
+
+
+def header_query_block_range(
+    mask: MaskSpec, n_block: int, block_m: int, block_n: int, len_q: int, len_k: int
+) -> BlockRange:
+    """The header's query blocks, called like the model."""
+    arguments = (n_block, len_q, len_k, mask.window_left, mask.window_right, mask.attention_chunk)
+    blocks = (ctypes.c_int * 4)()
+    host_headers.build("block_range_shim.cc").query_block_range(
+        list(Mask).index(mask.mask),
+        COMPILED_TILES.index((block_m, block_n)),
+        (ctypes.c_int * len(arguments))(*arguments),
+        blocks,
+    )
+    return BlockRange(*blocks)
+
+
+@settings(max_examples=1500)
+@given(tile=tiles(st.sampled_from(EXCHANGED_TILES[:2]), max_len=40))
+@example((MaskSpec(Mask.LOCAL, 3, 2, 0), 0, 3, 4, 5, 12))  # W1: keys left of every window
+@example((MaskSpec(Mask.FULL), 0, 3, 4, 2, 6))  # N3: no query block is full beside keys that do not exist
+@example((MaskSpec(Mask.FULL), 0, 3, 4, 3, 0))  # N9: keys without queries
+def test_query_blocks_of_the_header_match_brute_force(tile):
+    check_query_blocks_against_brute_force(header_query_block_range, tile)
+
+
+@settings(max_examples=1500)
+@given(tile=tiles(st.sampled_from(EXCHANGED_TILES), max_len=3000))
+def test_query_blocks_of_the_header_match_the_model_on_long_sequences(tile):
+    mask, n_block, block_n, block_m, len_k, len_q = tile
+    arguments = (mask, n_block, block_m, block_n, len_q, len_k)
+    assert header_query_block_range(*arguments) == query_block_range(*arguments)
+
+
+@settings(max_examples=500)
+@given(mask_specs(30), st.integers(0, 30), st.integers(1, 30))
+def test_rows_of_the_header_match_the_model(mask, len_q, len_k):
+    """The backward kernels mask by them."""
+    for key in range(len_k):
+        arguments = (key, len_q, len_k, mask.window_left, mask.window_right, mask.attention_chunk)
+        found = (ctypes.c_int * 2)()
+        host_headers.build("block_range_shim.cc").key_rows(
+            list(Mask).index(mask.mask), (ctypes.c_int * len(arguments))(*arguments), found
+        )
+        assert list(range(*found)) == list(key_rows(mask, key, len_q, len_k))
+
+
+@settings(max_examples=500)
+@given(tile=tiles(st.sampled_from(EXCHANGED_TILES[:2]), max_len=60))
+def test_turns_are_taken_without_a_gap(tile):
+    """R3: the blocks of keys that visit a query block are those that it counts, so that ordered additions never wait
+    for one that does not come."""
+    mask, _, block_n, block_m, len_k, len_q = tile
+    visits = {m_block: [] for m_block in range(-(-len_q // block_m))}
+    for n_block in range(-(-len_k // block_n)):
+        blocks = header_query_block_range(mask, n_block, block_m, block_n, len_q, len_k)
+        for m_block in range(blocks.begin, blocks.end):
+            visits[m_block].append(n_block)
+    for m_block, visitors in visits.items():
+        first = header_block_range(mask, m_block, block_m, block_n, len_q, len_k).begin
+        assert [n_block - first for n_block in visitors] == list(range(len(visitors)))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import fake_cuda
 import host_headers
+from flash_attn_3 import backward_plan
 from flash_attn_3.config import SeqLayout
 from tensor_maps import ELEMENT_BYTES, Geometry
 
@@ -151,3 +152,47 @@ def test_coordinates_of_long_storage_fit_in_32_bits(case):
     assert map_row >= 0
     assert 0 <= map_origin <= bound
     assert (map_row >= bound) == (row >= length)
+
+
+# -- the backward pass -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=500)
+@given(st.data())
+def test_every_stored_row_is_used_or_cleared_once(data):
+    """N9, N11: rows past seqused, and before and behind all segments, are cleared; rows in use are not."""
+    num_sequences = data.draw(st.integers(1, 4))
+    side = data.draw(sides(num_sequences))
+    packed = side.segments is not None
+    before, behind = (data.draw(st.integers(0, 5)) if packed else 0 for _ in range(2))
+    stored = before + sum(side.segments) + behind if packed else side.seqlen
+    offsets = None
+    if packed:
+        offsets = int32_array([before + sum(side.segments[:i]) for i in range(num_sequences + 1)])
+    shim = host_headers.build("seqlen_shim.cc")
+    shim_side = ShimSide(side.seqlen, offsets, None if side.used is None else int32_array(side.used))
+    visits = [[0] * stored for _ in range(1 if packed else num_sequences)]
+    for batch in range(num_sequences):
+        result = (Sequence * 2)()
+        index = list(SeqLayout).index(SeqLayout.VARLEN)
+        shim.sequences(index, ctypes.byref(shim_side), ctypes.byref(shim_side), batch, result)
+        sequence, gap = result[0], (ctypes.c_int * 2)()
+        shim.rows_behind(ctypes.byref(sequence), batch, num_sequences, stored, offsets, gap)
+        used = range(sequence.offset, sequence.offset + sequence.length)
+        leading = range(before) if batch == 0 else ()
+        for row in (*used, *range(*gap), *leading):
+            visits[sequence.batch][row] += 1
+    assert all(count == 1 for rows in visits for count in rows)
+
+
+@settings(max_examples=500)
+@given(st.lists(st.integers(0, 300), max_size=6), st.sampled_from((64, 128)))
+def test_scratch_of_packed_sequences(lengths, block_m):
+    """N10: the header and the planner lay statistics out alike, in whole blocks that no two sequences share."""
+    end, first_row = 0, 0
+    for batch, length in enumerate(lengths):
+        offset = host_headers.build("seqlen_shim.cc").padded_offset(first_row, batch, block_m)
+        assert offset == backward_plan.padded_offset(first_row, batch, block_m)
+        assert offset % block_m == 0 and offset >= end
+        end, first_row = offset + backward_plan.round_up(length, block_m), first_row + length
+    assert end <= backward_plan.padded_rows(first_row, len(lengths), block_m)
