@@ -1,20 +1,12 @@
 """Real kernels through the real compiler, on any machine that has one: instructions, spills, time and memory."""
 
-import collections
 import dataclasses
-import functools
-import importlib.util
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from flash_attn_3 import compiler, toolchain
-from flash_attn_3.cache import CompiledKernel
+from compile_tools import disassemble, innermost_loops, opcodes
+from flash_attn_3 import compiler
 from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Score, SeqLayout
-from flash_attn_3.errors import CompilerNotFoundError
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, MaskSpec
 
@@ -49,53 +41,6 @@ REPRESENTATIVES = [
     planned(192, Mask.CAUSAL, head_dim_v=128),
     planned(128, Mask.LOCAL, dtype=Dtype.FP16, layout=SeqLayout.VARLEN, score=Score.SOFTCAP),
 ]
-
-
-@pytest.fixture(scope="module")
-def compile_kernel(tmp_path_factory):
-    """Compiles a configuration once per test run, in an empty folder: what is measured must not come from a cache."""
-    try:
-        toolchain.find_compiler()
-    except CompilerNotFoundError as error:
-        pytest.skip(f"needs nvcc: {error}")
-    folder = tmp_path_factory.mktemp("kernels")
-    return functools.lru_cache(lambda config: compiler.compile_one(config, folder, announce=False))
-
-
-def disassemble(kernel: CompiledKernel) -> list[str]:
-    """The SASS instructions in order, and between them the labels, as "LABEL:"."""
-    sass = subprocess.run([_nvdisasm(), "-c", kernel.cubin], capture_output=True, text=True, check=True).stdout
-    line = re.compile(r"^(?:\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z].*?)\s*;|(\.L\w+:))", re.MULTILINE)
-    return [instruction or label for instruction, label in line.findall(sass)]
-
-
-def opcodes(lines: list[str]) -> collections.Counter[str]:
-    """How often each instruction occurs, without its modifiers."""
-    return collections.Counter(re.split(r"[. ]", line)[0] for line in lines if not line.endswith(":"))
-
-
-def innermost_loops(lines: list[str]) -> list[list[str]]:
-    """The bodies of loops that hold no loop: from a label to a branch back to it."""
-    places = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
-    spans = []
-    for index, line in enumerate(lines):
-        target = re.search(r"(\.L\w+)", line)
-        if line.startswith("BRA") and target and places.get(target[1], index) < index:
-            spans.append((places[target[1]], index))
-    return [
-        lines[begin : end + 1]
-        for begin, end in spans
-        if not any(begin <= other[0] and other[1] <= end for other in spans if other != (begin, end))
-    ]
-
-
-def _nvdisasm() -> str:
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    found = next((str(tool) for place in places for tool in place.glob("*/bin/nvdisasm")), shutil.which("nvdisasm"))
-    if found is None:
-        pytest.skip("needs nvdisasm: `pip install nvidia-cuda-nvdisasm`")
-    return found
 
 
 @pytest.mark.parametrize("config", REPRESENTATIVES, ids=lambda config: config.name)
