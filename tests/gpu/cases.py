@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from flash_attn_3.config import Dtype, ForwardConfig, Score, SeqLayout
+from flash_attn_3.backward_config import Accumulation
+from flash_attn_3.backward_plan import BackwardProblem, plan_backward
+from flash_attn_3.config import Dtype, ForwardConfig, KernelConfig, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, normalize_mask
 
@@ -82,25 +84,31 @@ class Case:
             return self.used_k[index]
         return self.seqlen_k if self.lens_k is None else self.lens_k[index]
 
+    def problem(self) -> ForwardProblem:
+        """The planner's view of this call."""
+        mask = normalize_mask(self.causal, self.window_size, self.attention_chunk, self.max_seqlen_q, self.max_seqlen_k)
+        return ForwardProblem(
+            dtype={torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16}[self.dtype],
+            batch=self.num_sequences,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k,
+            heads_q=self.heads_q,
+            heads_kv=self.heads_kv,
+            head_dim=self.head_dim,
+            head_dim_v=self.dv,
+            mask=mask,
+            score=Score.SOFTCAP if self.softcap else Score.SCALED,
+            seq_layout=SeqLayout.VARLEN if self.is_varlen else SeqLayout.DENSE,
+            num_sms=NUM_SMS,
+        )
+
     def kernel_config(self) -> ForwardConfig:
         """The kernel that serves this call."""
-        mask = normalize_mask(self.causal, self.window_size, self.attention_chunk, self.max_seqlen_q, self.max_seqlen_k)
-        return forward_config(
-            ForwardProblem(
-                dtype={torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16}[self.dtype],
-                batch=self.num_sequences,
-                max_seqlen_q=self.max_seqlen_q,
-                max_seqlen_k=self.max_seqlen_k,
-                heads_q=self.heads_q,
-                heads_kv=self.heads_kv,
-                head_dim=self.head_dim,
-                head_dim_v=self.dv,
-                mask=mask,
-                score=Score.SOFTCAP if self.softcap else Score.SCALED,
-                seq_layout=SeqLayout.VARLEN if self.is_varlen else SeqLayout.DENSE,
-                num_sms=NUM_SMS,
-            )
-        )
+        return forward_config(self.problem())
+
+    def kernel_configs(self) -> list[KernelConfig]:
+        """All kernels that a test of this call needs."""
+        return [self.kernel_config()]
 
     def replace(self, **changes: object) -> Case:
         return dataclasses.replace(self, **changes)
@@ -114,6 +122,17 @@ class Case:
                 continue
             words.append(f"{_SHORT_NAMES.get(field.name, field.name)}{_shown(value)}")
         return "-".join(words) or "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientCase(Case):
+    """One call whose results are differentiated."""
+
+    deterministic: bool = False
+
+    def kernel_configs(self) -> list[KernelConfig]:
+        accumulation = Accumulation.ORDERED if self.deterministic else Accumulation.UNORDERED
+        return [self.kernel_config(), plan_backward(BackwardProblem(self.problem(), accumulation)).config]
 
 
 _SHORT_NAMES = {

@@ -51,7 +51,7 @@ def collect_cases() -> list[Case]:
 
 def kernel_names(cases: Iterable[Case]) -> list[str]:
     """The distinct kernels behind these calls, sorted."""
-    return sorted({case.kernel_config().name for case in cases})
+    return sorted({config.name for case in cases for config in case.kernel_configs()})
 
 
 if __name__ == "__main__":

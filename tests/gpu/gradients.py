@@ -1,0 +1,128 @@
+"""Differentiate a case's call, and hold the gradients against those of the plain reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+import flash_attn_interface
+from gradient_reference import assert_gradients_close
+from reference import AttentionOptions, Sequences
+
+from .cases import GradientCase
+from .harness import POISONS, Tensors, _cumulative_list, _sequence, poisoned_allocations, run
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass
+class Incoming:
+    """Gradients of the results: dout like out, dlse like lse or None for zero."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+
+
+def make_incoming(case: GradientCase, tensors: Tensors, with_dlse: bool = False) -> Incoming:
+    """Random normal numbers; what belongs to rows that do not exist is poisoned."""
+    device = tensors.q.device
+    generator = torch.Generator(device=device).manual_seed(case.seed + 1)
+    shape = tensors.q.shape[:-1]
+    dout = torch.randn(*shape, case.dv, generator=generator, device=device).to(case.dtype)
+    dlse = torch.randn(*shape, generator=generator, device=device)
+    for rows in (dout, dlse):
+        for index in range(case.num_sequences if case.used_q is not None else 0):
+            _sequence(rows, case.lens_q, index)[case.used_q[index] :] = POISONS[index % len(POISONS)]
+        if case.spare_q:
+            rows[-case.spare_q :] = POISONS[0]
+    return Incoming(dout, dlse.mT.contiguous() if with_dlse else None)
+
+
+def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> Gradients:
+    """(dq, dk, dv) of the public function that fits the case; memory that is left unwritten is NaN in them."""
+    if case.is_varlen and (case.lens_q is None or case.lens_k is None):
+        return differentiate_by_operator(case, tensors, incoming)
+    leaves = [x.detach().requires_grad_() for x in (tensors.q, tensors.k, tensors.v)]
+    arguments: dict[str, object] = {
+        "softmax_scale": case.softmax_scale,
+        "causal": case.causal,
+        "window_size": case.window_size,
+        "attention_chunk": case.attention_chunk,
+        "softcap": case.softcap,
+        "deterministic": case.deterministic,
+        "return_attn_probs": True,
+    }
+    with poisoned_allocations():
+        if case.is_varlen:
+            out, lse = flash_attn_interface.flash_attn_varlen_func(
+                *leaves,
+                cu_seqlens_q=tensors.cu_seqlens_q,
+                cu_seqlens_k=tensors.cu_seqlens_k,
+                max_seqlen_q=case.max_seqlen_q,
+                max_seqlen_k=case.max_seqlen_k,
+                seqused_q=tensors.seqused_q,
+                seqused_k=tensors.seqused_k,
+                **arguments,
+            )
+        else:
+            out, lse = flash_attn_interface.flash_attn_func(*leaves, **arguments)
+        results, gradients = [out], [incoming.dout]
+        if incoming.dlse is not None:
+            results, gradients = [out, lse], [incoming.dout, incoming.dlse]
+        return torch.autograd.grad(results, leaves, gradients)
+
+
+def differentiate_by_operator(
+    case: GradientCase, tensors: Tensors, incoming: Incoming, gradients: Gradients | None = None
+) -> Gradients:
+    """The same through torch.ops.flash_attn_3.bwd, which takes mixtures of dense and varlen sides and knows no dlse."""
+    assert incoming.dlse is None and case.attention_chunk == 0
+    out, lse = run(case, tensors)
+    with poisoned_allocations():
+        dq, dk, dv = gradients or (torch.empty_like(x) for x in (tensors.q, tensors.k, tensors.v))
+        torch.ops.flash_attn_3.bwd(
+            incoming.dout,
+            tensors.q,
+            tensors.k,
+            tensors.v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            cu_seqlens_q=tensors.cu_seqlens_q,
+            cu_seqlens_k=tensors.cu_seqlens_k,
+            seqused_q=tensors.seqused_q,
+            seqused_k=tensors.seqused_k,
+            max_seqlen_q=None if case.lens_q is None else case.max_seqlen_q,
+            max_seqlen_k=None if case.lens_k is None else case.max_seqlen_k,
+            softmax_scale=case.softmax_scale,
+            is_causal=case.causal,
+            window_size_left=case.window_size[0],
+            window_size_right=case.window_size[1],
+            softcap=case.softcap,
+            deterministic=case.deterministic,
+        )
+    return dq, dk, dv
+
+
+def check_gradients(case: GradientCase, tensors: Tensors, incoming: Incoming, gradients: Gradients) -> None:
+    """Assert that the gradients are right by the tolerance rule, and zero where nothing takes part."""
+    options = AttentionOptions(case.softmax_scale, case.causal, case.window_size, case.attention_chunk, case.softcap)
+    sequences = Sequences(
+        _cumulative_list(case.lens_q),
+        _cumulative_list(case.lens_k),
+        None if case.used_q is None else list(case.used_q),
+        None if case.used_k is None else list(case.used_k),
+    )
+    inputs = (tensors.q, tensors.k, tensors.v)
+    assert_gradients_close(gradients, *inputs, incoming.dout, incoming.dlse, options, sequences)
+
+
+def check_case(case: GradientCase, tensors: Tensors, with_dlse: bool = False) -> Gradients:
+    """Differentiate and check; returns the gradients."""
+    incoming = make_incoming(case, tensors, with_dlse)
+    gradients = differentiate(case, tensors, incoming)
+    check_gradients(case, tensors, incoming, gradients)
+    return gradients

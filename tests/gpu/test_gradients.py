@@ -1,0 +1,227 @@
+"""Gradients over dtypes, head dims, masks, softcap, head groups, lengths and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flash_attn_interface
+
+from .cases import FULL, KERNEL_MASKS, MASKS, GradientCase, each
+from .gradients import (
+    check_case,
+    check_gradients,
+    differentiate,
+    differentiate_by_operator,
+    make_incoming,
+)
+from .harness import make_tensors, poisoned_allocations
+
+#: (head_dim, head_dim_v): every tile, and widths that fill it only in part (L4).
+HEAD_DIMS = [(64, 64), (128, 128), (64, 128), (128, 64), (8, 8), (40, 40), (72, 72), (96, 96), (24, 72), (104, 16)]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@each(
+    GradientCase(d, dv, dtype=dtype, seqlen_q=200, seqlen_k=333, **mask.options)
+    for d, dv in HEAD_DIMS
+    for dtype in DTYPES
+    for mask in MASKS
+)
+def test_every_kernel(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@each(
+    GradientCase(d, dv, seqlen_q=333, seqlen_k=200, softcap=softcap, **mask.options)
+    for d, dv in HEAD_DIMS[:4]
+    for softcap in (3.0, 30.0)
+    for mask in KERNEL_MASKS
+)
+def test_softcap(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@each(
+    GradientCase(d, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=190, seqlen_k=150, **mask.options)
+    for d in (64, 128)
+    for heads_q, heads_kv in [(1, 1), (6, 6), (6, 2), (5, 1), (16, 2)]
+    for mask in KERNEL_MASKS
+)
+def test_head_groups(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@each(
+    GradientCase(d, batch=1, heads_q=2, heads_kv=1, seqlen_q=sq, seqlen_k=sk, **mask.options)
+    for d in (64, 128)
+    for sq, sk in [(1, 1), (1, 300), (300, 1), (63, 65), (64, 128), (65, 127), (129, 257), (127, 129), (1000, 77)]
+    for mask in KERNEL_MASKS
+)
+def test_odd_lengths(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@each(GradientCase(d, seqlen_q=1500, seqlen_k=2100, **mask.options) for d in (64, 128) for mask in KERNEL_MASKS)
+def test_many_blocks(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@each(
+    GradientCase(d, lens_q=(100, 0, 257, 1), lens_k=(150, 70, 0, 300), **mask.options)
+    for d in (64, 72, 128)
+    for mask in MASKS
+)
+def test_packed_sequences(case: GradientCase) -> None:
+    check_case(case, make_tensors(case))
+
+
+@pytest.mark.parametrize("lens", [{"lens_q": (100, 200)}, {"lens_k": (100, 200)}, {}], ids=["q", "k", "dense"])
+@each(
+    GradientCase(d, batch=2, seqlen_q=200, seqlen_k=200, used_q=(99, 130), used_k=(77, 0), **mask.options)
+    for d in (64, 128)
+    for mask in KERNEL_MASKS
+)
+def test_mixtures_of_dense_and_packed_sides(case: GradientCase, lens: dict[str, tuple[int, ...]]) -> None:
+    case = case.replace(**lens)
+    check_case(case, make_tensors(case))
+
+
+@each(
+    GradientCase(d, seqlen_q=200, seqlen_k=333, softcap=softcap, **mask.options)
+    for d in (64, 128)
+    for softcap in (0.0, 10.0)
+    for mask in MASKS
+)
+def test_gradient_of_the_log_sum_exp(case: GradientCase) -> None:
+    check_case(case, make_tensors(case), with_dlse=True)
+
+
+@each(GradientCase(d, lens_q=(100, 257), lens_k=(150, 30), causal=True) for d in (64, 128))
+def test_gradient_of_the_log_sum_exp_of_packed_sequences(case: GradientCase) -> None:
+    check_case(case, make_tensors(case), with_dlse=True)
+
+
+# -- layout ------------------------------------------------------------------------------------------------
+
+
+@each(GradientCase(d, heads_kv=4, seqlen_q=190, seqlen_k=190, **mask.options) for d in (64, 128) for mask in MASKS)
+def test_l1_l8_packed_qkv(case: GradientCase) -> None:
+    """L1, L8: one gradient for one packed tensor, written in place."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    qkv = torch.stack([tensors.q, tensors.k, tensors.v], dim=2).requires_grad_()
+    with poisoned_allocations():
+        out = flash_attn_interface.flash_attn_qkvpacked_func(
+            qkv, causal=case.causal, window_size=case.window_size, attention_chunk=case.attention_chunk
+        )
+        (dqkv,) = torch.autograd.grad(out, qkv, incoming.dout)
+    assert dqkv.shape == qkv.shape
+    check_gradients(case, tensors, incoming, dqkv.unbind(2))
+
+
+@each(GradientCase(d, seqlen_q=150, seqlen_k=170, causal=True) for d in (40, 64, 128))
+def test_l1_every_tensor_with_its_own_strides(case: GradientCase) -> None:
+    """L1: q, k, v, dout and all gradients lie in memory in ways of their own; what surrounds them stays as it is."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    tensors.q = tensors.q.transpose(1, 2).contiguous().transpose(1, 2)
+    tensors.k = tensors.k.transpose(0, 1).contiguous().transpose(0, 1)
+    incoming.dout = incoming.dout.transpose(1, 2).contiguous().transpose(1, 2)
+    guarded = [_guarded(x) for x in (tensors.q, tensors.k, tensors.v)]
+    gradients = tuple(view for _, view in guarded)
+    differentiate_by_operator(case, tensors, incoming, gradients)
+    check_gradients(case, tensors, incoming, gradients)
+    for outer, view in guarded:
+        view.fill_(float("nan"))
+        assert outer.isnan().all()
+
+
+def _guarded(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NaN, and a view inside of it with other memory on all sides."""
+    b, s, h, d = like.shape
+    outer = like.new_full((b + 2, s + 70, h + 2, d + 16), float("nan"))
+    return outer, outer[1 : b + 1, 35 : s + 35, 1 : h + 1, 8 : d + 8]
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1,), (2,)], ids=str)
+@each(GradientCase(d, seqlen_q=150, seqlen_k=170) for d in (64, 128))
+def test_l1_expanded_gradient(case: GradientCase, dims: tuple[int, ...]) -> None:
+    """L1: dout has strides of 0, as the gradient of a sum does."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    first = [slice(0, 1) if dim in dims else slice(None) for dim in range(4)]
+    incoming.dout = incoming.dout[tuple(first)].expand_as(incoming.dout)
+    gradients = differentiate(case, tensors, incoming)
+    check_gradients(case, tensors, incoming, gradients)
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "kv"])
+@each([GradientCase(64, seqlen_q=150, seqlen_k=170, causal=True)])
+def test_unwanted_gradients(case: GradientCase, wanted: str) -> None:
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    leaves = {name: getattr(tensors, name).clone().requires_grad_(name in wanted) for name in "qkv"}
+    with poisoned_allocations():
+        out = flash_attn_interface.flash_attn_func(*leaves.values(), causal=case.causal)
+        out.backward(incoming.dout)
+    check_gradients(case, tensors, incoming, tuple(leaf.grad for leaf in leaves.values()))
+
+
+# -- bitwise equal repeats -----------------------------------------------------------------------------------
+
+
+@each(
+    [
+        *(
+            GradientCase(d, seqlen_q=1000, seqlen_k=1500, deterministic=True, **mask.options)
+            for d in (64, 128)
+            for mask in KERNEL_MASKS
+        ),
+        GradientCase(64, 128, seqlen_q=500, seqlen_k=700, deterministic=True),
+        GradientCase(128, heads_q=8, heads_kv=1, seqlen_q=500, seqlen_k=700, deterministic=True, causal=True),
+        GradientCase(64, seqlen_q=500, seqlen_k=700, softcap=5.0, deterministic=True),
+        GradientCase(
+            128, lens_q=(0, 500, 3, 0), lens_k=(100, 700, 0, 0), window_size=(70, 30), deterministic=True, spare_q=130
+        ),
+    ]
+)
+def test_r1_r3_r4_ordered_additions(case: GradientCase) -> None:
+    """R1, R3, R4: right, bitwise equal over repeats in dirty memory, and no deadlock."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    first = differentiate(case, tensors, incoming)
+    check_gradients(case, tensors, incoming, first)
+    for _ in range(20):
+        again = differentiate(case, tensors, incoming)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@each([GradientCase(128, batch=4, heads_q=16, heads_kv=16, seqlen_q=4096, seqlen_k=4096, deterministic=True)])
+def test_r1_more_tiles_than_fit_on_the_gpu(case: GradientCase) -> None:
+    """R1: 2048 CTAs wait for each other in turns, and all of them end."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    first = differentiate(case, tensors, incoming)
+    assert all(torch.equal(x, y) for x, y in zip(first, differentiate(case, tensors, incoming), strict=True))
+    one = slice(0, 1)
+    part = type(tensors)(tensors.q[one], tensors.k[one], tensors.v[one])
+    incoming.dout = incoming.dout[one]
+    check_gradients(case, part, incoming, tuple(x[one] for x in first))
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------
+
+
+@each([GradientCase(64, batch=batch, heads_q=heads, heads_kv=heads, seqlen_q=5, seqlen_k=7, **FULL.options)
+       for batch, heads in [(70_000, 1), (1, 70_000)]])  # fmt: skip
+def test_i1_batch_and_heads_beyond_a_grids_limit(case: GradientCase) -> None:
+    """I1, I5: more than 65535 sequences, and heads."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    gradients = differentiate(case, tensors, incoming)
+    ends = [slice(0, 3), slice(65_534, 65_540), slice(69_997, 70_000)]
+    for end in ends:
+        part = (end, slice(None), slice(None)) if case.batch > 1 else (slice(None), slice(None), end)
+        some = type(tensors)(*(getattr(tensors, name)[part] for name in "qkv"))
+        check_gradients(case, some, type(incoming)(incoming.dout[part], None), tuple(x[part] for x in gradients))
