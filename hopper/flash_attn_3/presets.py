@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .backward_config import Accumulation, BackwardConfig
-from .backward_plan import BACKWARD_HEAD_DIM_TILES, BackwardProblem, plan_backward
+from .backward_plan import BackwardProblem, backward_head_dim_tiles, plan_backward
 from .config import HEAD_DIM_TILES, Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
 from .heuristics import forward_configs, head_dim_tiles
 from .problem import ForwardProblem, MaskSpec
+from .tile_table import HEAD_DIM_PAIRS
 
 #: Widest value head dim of the interface.
 _MAX_HEAD_DIM_V = 512
@@ -43,8 +44,11 @@ def core_configs() -> list[KernelConfig]:
 def _all_configs() -> tuple[KernelConfig, ...]:
     kinds = (Dtype, Mask, SeqLayout, Score)
     forward = (_forward_configs(*dims, *kind) for dims, *kind in itertools.product(_head_dim_pairs(), *kinds))
-    backward = itertools.product(BACKWARD_HEAD_DIM_TILES, BACKWARD_HEAD_DIM_TILES, *kinds, Accumulation)
-    found = itertools.chain(*forward, (_backward_config(*axes) for axes in backward))
+    backward_pairs = dict.fromkeys(backward_head_dim_tiles(*dims) for dims in HEAD_DIM_PAIRS)
+    backward = (
+        _backward_config(*dims, *kind) for dims, *kind in itertools.product(backward_pairs, *kinds, Accumulation)
+    )
+    found = itertools.chain(*forward, backward)
     return tuple(config for config in dict.fromkeys(found) if config is not None)
 
 

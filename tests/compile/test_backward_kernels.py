@@ -39,7 +39,6 @@ REPRESENTATIVES = [
     *(config for config in presets.core_configs() if isinstance(config, BackwardConfig) and config.dtype is Dtype.BF16),
     planned(128, Mask.CAUSAL, dtype=Dtype.FP16),
     planned(64, Mask.LOCAL, 128, SeqLayout.VARLEN),
-    planned(128, Mask.LOCAL, 64, SeqLayout.VARLEN),
     planned(64, Mask.LOCAL, layout=SeqLayout.VARLEN, accumulation=Accumulation.ORDERED),
     planned(64, Mask.LOCAL, 64, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),
     planned(128, Mask.LOCAL, 128, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),

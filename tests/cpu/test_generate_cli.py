@@ -96,7 +96,9 @@ def test_the_planner_chooses_from_all(problem):
 
 @given(problems, st.sampled_from(Accumulation))
 def test_the_planner_of_the_backward_pass_chooses_from_all(problem, accumulation):
-    if max(problem.head_dim, problem.head_dim_v) <= 128:
+    """Value head dims other than the head dim exist beside head dims up to 64 only."""
+    reachable = problem.head_dim_v == problem.head_dim or problem.head_dim <= 64
+    if reachable and max(problem.head_dim, problem.head_dim_v) <= 128:
         assert plan_backward(BackwardProblem(problem, accumulation)).config in presets._all_configs()
 
 
