@@ -112,6 +112,8 @@ CheckedBackwardTensors check_backward_tensors(const BackwardTensors& tensors, co
   check_key_shapes(tensors, checked);
   check_scratch("statistics", tensors.statistics, device);
   check_query_shapes(tensors, checked);
+  FA_CHECK(checked.batch > 0, ValueError) << "there is no sequence; required is at least one, since otherwise all "
+                                             "gradients are zero";
   check_not_empty(checked.q, tensors.q);
   check_not_empty(checked.k, tensors.k);
   check_columns("q", checked.q.columns, kernels.head_dim);

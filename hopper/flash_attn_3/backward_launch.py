@@ -38,7 +38,8 @@ class BackwardLaunch:
         new_gradients: allocate dq, dk and dv, uninitialised and contiguous.
         new_statistics: allocates scratch with two floats per query row.
         run: ``run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-            seqused_k)`` writes the statistics and those of dq, dk and dv that are not None.
+            seqused_k)`` writes the statistics and those of dq, dk and dv that are not None. On CUDA devices only
+            blocks of statistics with rows that exist are written.
         checks_tensors: whether ``run`` raises TypeError or ValueError for tensors of another signature.
     """
 

@@ -223,7 +223,7 @@ def backward_launcher(
         dq_scratch: fp32 scratch of `backward_plan.BackwardPlan.dq_scratch_floats` elements.
 
     Raises:
-        As `forward_launcher`; ValueError, from ``launch``, also where ``q`` or ``k`` is empty.
+        As `forward_launcher`; ValueError, from ``launch``, also where ``q`` or ``k`` is empty or there is no sequence.
     """
     return _library().backward_launcher(
         handle,

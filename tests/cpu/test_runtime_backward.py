@@ -321,6 +321,14 @@ def test_empty_calls_are_the_callers(machine, side):
     assert launched == []
 
 
+def test_no_sequence_is_the_callers(machine):
+    """Nobody would clear the rows that are stored all the same."""
+    shapes = packed_shapes()
+    shapes |= {"cu_seqlens_q": ((1,), INT32), "cu_seqlens_k": ((1,), INT32), "statistics": ((2, 6, 512), FP32)}
+    _, words, launched = machine(refuse, shapes, True)
+    assert words.startswith("there is no sequence") and launched == []
+
+
 @pytest.mark.parametrize(("option", "value"), [("window_left", -2), ("max_seqlen_q", 2**31), ("attention_chunk", -1)])
 def test_options_that_do_not_fit(machine, option, value):
     _, words, _ = machine(functools.partial(refuse, **{option: value}), dense_shapes())

@@ -75,8 +75,8 @@ struct Visibility {
     return {begin, max_of(begin, end)};
   }
 
-  // Query blocks that see a key of the block. Rows that do not exist have no weight, so that the last query block may be
-  // full; keys that do not exist must be masked.
+  // Query blocks that see a key of the block. Rows that do not exist have no weight, so that the last query block may
+  // be full; keys that do not exist must be masked.
   template <int kBlockM, int kBlockN>
   FA_HOST_DEVICE BlockRange query_blocks(int n_block) const {
     const KeyRange first = rows(n_block * kBlockN);
