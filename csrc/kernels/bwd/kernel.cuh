@@ -36,8 +36,7 @@ FA_DEVICE int tile_index(const BackwardParams& params, BackwardSmem<Traits>& sme
 template <class Traits>
 FA_DEVICE void backward_kernel(const BackwardParams& params) {
   using Shape = BackwardShape<Traits>;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  BackwardSmem<Traits>& smem = *reinterpret_cast<BackwardSmem<Traits>*>(shared_memory);
+  BackwardSmem<Traits>& smem = *reinterpret_cast<BackwardSmem<Traits>*>(dynamic_shared_memory());
   static_assert(sizeof(BackwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
   const KeyTile tile = key_tile<Traits>(params, tile_index<Traits>(params, smem));

@@ -227,8 +227,8 @@ class KeyTileMma {
       constexpr int kFloats = kSize * kWarpgroupThreads;
       const int64_t row = tile_.scratch_row + head_q_ * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
       if constexpr (kOrdered) wait_turn(row / Traits::kBlockM, m_block);
-      bulk_reduce_add(params_.dq_blocks + row * Traits::kHeadDim + warpgroup_ * kFloats, smem_.dq[warpgroup_],
-                      kFloats * 4);
+      bulk_reduce_add(params_.dq_blocks + row * Traits::kHeadDim + warpgroup_ * kFloats,
+                      cute::cast_smem_ptr_to_uint(smem_.dq[warpgroup_]), kFloats * 4);
       cute::tma_store_arrive();
     }
   }

@@ -1,8 +1,6 @@
 // Fragments to shared memory, in the layout that TMA and wgmma read.
 #pragma once
 
-#include <cute/arch/copy_sm90.hpp>
-
 #include "../core/fragment.cuh"
 
 namespace fa {
@@ -21,17 +19,8 @@ FA_DEVICE void stage_fragment(uint32_t tile, int first_row, const uint32_t (&pac
     const uint32_t address =
         tile + column / kChunkColumns * kRows * kSwizzleBytes + row * kSwizzleBytes + ((unit ^ unit_mask) << 4);
     const uint32_t* words = packed + column / 4;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
-                 "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
+    store_matrices(address, words[0], words[1], words[2], words[3]);
   }
-}
-
-// Adds `bytes` bytes of floats in shared memory to memory. Of the current bulk group.
-FA_DEVICE void bulk_reduce_add(float* to, const float* from, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-               "r"(cute::cast_smem_ptr_to_uint(from)), "r"(bytes)
-               : "memory");
 }
 
 }  // namespace fa

@@ -1,6 +1,7 @@
 // Whose turn it is to add to a block of dq, where the sums must always be made in the same order.
 #pragma once
 
+#include "../core/ptx.cuh"
 #include "smem.cuh"
 
 namespace fa {
@@ -23,7 +24,7 @@ class DqTurn {
   // Until all blocks of keys before have added to the part that `counter` belongs to. `predecessors`: how many they
   // are.
   FA_DEVICE void wait(int32_t* counter, int predecessors) {
-    while (load(counter) != predecessors) __nanosleep(kPollNanoseconds);
+    while (load_acquire(counter) != predecessors) __nanosleep(kPollNanoseconds);
     fence_proxies();
     counter_ = counter;
   }
@@ -32,23 +33,14 @@ class DqTurn {
   // rather than until the copy engine has read shared memory.
   FA_DEVICE void pass_on() {
     if (counter_ == nullptr) return;
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    wait_bulk_groups_done();
     fence_proxies();
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter_) : "memory");
+    increment_release(counter_);
     counter_ = nullptr;
   }
 
  private:
   static constexpr int kPollNanoseconds = 20;
-
-  FA_DEVICE static int load(const int32_t* counter) {
-    int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
-  }
-
-  // Between the counter, which ordinary instructions access, and the copy engine's additions.
-  FA_DEVICE static void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
   int32_t*& counter_;  // of the addition that is under way, or null
 };

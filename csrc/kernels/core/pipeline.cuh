@@ -42,8 +42,9 @@ struct Ring {
   FA_DEVICE void release(RingState<kSize> at) { Barrier::arrive(&empty[at.index()]); }
 };
 
-// Named barriers, 0 being __syncthreads: one per warpgroup for its turn, one per warpgroup for itself.
-enum NamedBarrierId { kTurnBarrier = 1, kWarpgroupBarrier = kTurnBarrier + kMaxConsumerWarpgroups };
+// Named barriers: one per warpgroup for its turn, one per warpgroup for itself. There are eight; CUTLASS keeps as many.
+enum NamedBarrierId { kTurnBarrier = 0, kWarpgroupBarrier = kTurnBarrier + kMaxConsumerWarpgroups };
+static_assert(kWarpgroupBarrier + kMaxConsumerWarpgroups <= 8);
 
 FA_DEVICE void sync_warpgroup(int warpgroup) {
   cutlass::arch::NamedBarrier::sync(kWarpgroupThreads, uint32_t(kWarpgroupBarrier + warpgroup));

@@ -26,6 +26,43 @@ FA_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// The CTA's dynamic shared memory. Tiles need 1024-byte alignment: the swizzle pattern is a function of the address.
+FA_DEVICE uint8_t* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  return shared_memory;
+}
+
+// Four 8x8 matrices of 16-bit elements to shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
+// holds elements 2 (l % 4) and the next of row l / 4 of each.
+FA_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+// Adds `bytes` bytes of floats in shared memory (address `from`) to memory. Of the current bulk group.
+FA_DEVICE void bulk_reduce_add(float* to, uint32_t from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+// Until the thread's bulk groups are done in memory; CUTLASS's wait is for the copy engine to have read shared memory.
+FA_DEVICE void wait_bulk_groups_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Between accesses by ordinary instructions and by the copy engine, to any memory.
+FA_DEVICE void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+FA_DEVICE int load_acquire(const int32_t* address) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+FA_DEVICE void increment_release(int32_t* address) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+}
+
 // What follows in program order is issued only when `sum`, which is never negative, is known. The compiler moves waits
 // for products up, above arithmetic that does not depend on them, so that it would no longer run beside the products;
 // it cannot move them above a branch.

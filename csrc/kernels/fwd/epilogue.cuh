@@ -116,12 +116,6 @@ class Epilogue {
     }
   }
 
-  FA_DEVICE static void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
-  }
-
   FA_DEVICE void send(const WorkTile& tile, int position) {
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kHeadDimV / kChunkColumns; ++chunk) {

@@ -50,8 +50,7 @@ FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, i
 template <class Traits>
 FA_DEVICE void forward_kernel(const ForwardParams& params) {
   using Shape = ForwardShape<Traits>;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  ForwardSmem<Traits>& smem = *reinterpret_cast<ForwardSmem<Traits>*>(shared_memory);
+  ForwardSmem<Traits>& smem = *reinterpret_cast<ForwardSmem<Traits>*>(dynamic_shared_memory());
   static_assert(sizeof(ForwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
   if (threadIdx.x == 0) init_barriers<Traits>(smem.control);

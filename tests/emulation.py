@@ -1,0 +1,159 @@
+"""A Hopper GPU on the host: the package's own path from call to launch, with kernels that run in the emulator.
+
+`install()` turns a process into a machine on which CPU tensors are computed by the kernels: their generated sources,
+compiled for the host, under a stand-in for the CUDA driver (emulator/driver.cc). The planner, the generator and the
+runtime are the package's own. What the emulator cannot tell: registers, speed, and whether it has the hardware right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fake_cuda
+from flash_attn_3 import backward_launch, codegen, compiler, launch, runtime, runtime_build
+from flash_attn_3.backward_config import BackwardConfig
+from flash_attn_3.config import KernelConfig
+
+_FOLDER = Path(__file__).resolve().parent
+_KERNELS = _FOLDER.parent / "csrc" / "kernels"
+_EMULATOR = _FOLDER / "emulator"
+#: A fortified longjmp refuses to change stacks.
+_FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-Wno-psabi")
+_DTYPES = {torch.float16: fake_cuda.FP16, torch.bfloat16: fake_cuda.BF16, torch.float32: fake_cuda.FP32}
+_DTYPES[torch.int32] = fake_cuda.INT32
+
+
+@dataclasses.dataclass(frozen=True)
+class HostKernel:
+    """In the place of a `compiler.CompiledKernel`; ``cubin`` holds the path of the library."""
+
+    config: KernelConfig
+    cubin: Path
+
+    @property
+    def symbol(self) -> str:
+        return self.config.name
+
+    @property
+    def num_threads(self) -> int:
+        return self.config.num_threads
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.config.smem_bytes
+
+
+class Emulator:
+    """The machine of this process."""
+
+    def __init__(self, folder: Path, num_sms: int):
+        self.folder = folder
+        self._sources = _source_tree(folder)
+        self._driver = ctypes.CDLL(str(_build_driver(folder)), mode=ctypes.RTLD_GLOBAL)
+        self._driver.emulator_configure.argtypes = (ctypes.c_uint, ctypes.c_uint64)
+        self.num_sms = num_sms
+        self.seed(0)
+
+    def seed(self, seed: int) -> None:
+        """Choose the order of events of the next launch; the ones after it get the next seeds."""
+        self._driver.emulator_configure(self.num_sms, seed)
+
+    @functools.cache  # noqa: B019, the machine lives as long as its process
+    def kernel(self, config: KernelConfig) -> HostKernel:
+        """Compile a configuration's generated source for the host, or take it from `folder`."""
+        source = '#include "entry.h"\n' + codegen.render(config) + _entries(config)
+        key = hashlib.sha256((source + _tree_digest()).encode()).hexdigest()[:16]
+        library = self.folder / f"{config.name}-{key}.so"
+        cubin = library.with_suffix(".path")
+        if not cubin.exists():
+            unit = self.folder / f"{config.name}-{os.getpid()}.cc"
+            unit.write_text(source)
+            temporary = library.with_suffix(f".{os.getpid()}")
+            _compile(unit, temporary, [f"-I{self._sources}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
+            temporary.rename(library)
+            cubin.write_bytes(os.fsencode(library) + b"\0")
+        return HostKernel(config, cubin)
+
+
+def install(folder: Path, num_sms: int = 3) -> Emulator:
+    """Let the kernels compute what the package would compute by its model of them. For a process of its own."""
+    emulator = Emulator(folder, num_sms)
+    library = runtime.load_library(fake_cuda.runtime_library())
+    library = dataclasses.replace(
+        library,
+        forward_launcher=_with_cuda_tensors(library.forward_launcher),
+        backward_launcher=_with_cuda_tensors(library.backward_launcher),
+    )
+    runtime._library = lambda: library
+    compiler.get_kernel = emulator.kernel
+    launch.device_sms = backward_launch.device_sms = lambda device: num_sms
+    launch._cpu_forward = launch._cuda_forward
+    launch._new_promoted_out = _new_promoted_out
+    backward_launch._cpu_backward = backward_launch.cuda_backward
+    return emulator
+
+
+def _new_promoted_out(plan, device):
+    if plan.promoted_floats == 0:
+        return None
+    return functools.partial(torch.full, (plan.promoted_floats,), torch.nan)
+
+
+def _with_cuda_tensors(launcher: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+    def make(*options: Any) -> Callable[..., None]:
+        launch = launcher(*options)
+        return lambda *tensors: launch(*map(_as_cuda, tensors))
+
+    return make
+
+
+def _as_cuda(tensor: torch.Tensor | None) -> Any:
+    """The same memory, as if it lay on a CUDA device."""
+    if tensor is None:
+        return None
+    return fake_cuda.tensor(tensor.shape, _DTYPES[tensor.dtype], strides=tensor.stride(), address=tensor.data_ptr())
+
+
+def _source_tree(folder: Path) -> Path:
+    """The kernels' headers with the emulator's instructions in the place of the GPU's."""
+    tree = folder / "kernels"
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(_KERNELS, tree)
+    (tree / "core" / "ptx.cuh").write_text((_EMULATOR / "ptx.cuh").read_text())
+    return tree
+
+
+@functools.cache
+def _tree_digest() -> str:
+    files = [*_KERNELS.rglob("*.*h"), *_EMULATOR.rglob("*.*h*")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _entries(config: KernelConfig) -> str:
+    if isinstance(config, BackwardConfig):
+        symbols = (config.preprocess_symbol, config.name, config.postprocess_symbol)
+        return "".join(f"\nEMULATED_KERNEL({symbol}, fa::BackwardParams)" for symbol in symbols)
+    return f"\nEMULATED_KERNEL({config.name}, fa::ForwardParams)"
+
+
+def _build_driver(folder: Path) -> Path:
+    library = folder / "libcuda.so.1"
+    _compile(_EMULATOR / "driver.cc", library, ["-Wl,-soname,libcuda.so.1"])
+    return library
+
+
+def _compile(source: Path, library: Path, flags: list[str]) -> None:
+    include = f"-isystem{runtime_build.find_cuda_include()}"
+    command = [*runtime_build.find_cxx_compiler(), *_FLAGS, *flags, include, str(source), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)

@@ -1,0 +1,503 @@
+// A GPU on the host: the threads of a launch are fibers of one thread, and what the hardware does beside them (TMA,
+// wgmma) is done whenever the machine pleases between the moment it is asked for and the moment somebody has waited for
+// it. A seed decides who runs next, so that a launch can be repeated exactly, and other seeds try other orders.
+//
+// To be included before the device headers. A launch that cannot go on, or does what the hardware would punish, ends
+// with a text that says where.
+#pragma once
+
+#include <setjmp.h>
+#include <signal.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct EmulatedIndex {
+  unsigned x;
+};
+inline EmulatedIndex threadIdx, blockIdx, gridDim, blockDim;
+
+namespace emulator {
+
+constexpr int kWarpLanes = 32;
+constexpr int kWarpgroupLanes = 128;
+constexpr int kStackBytes = 96 * 1024;
+constexpr int kNamedBarriers = 16;
+constexpr int kRegistersPerMultiprocessor = 65536;
+constexpr uint32_t kSharedWindow = 1024;               // shared addresses begin here: the driver keeps 1 KiB for itself
+constexpr int kUnit = 16;                              // bytes; what the proxy check tells apart
+constexpr int kMaxFruitlessRounds = 200000;            // of polling, in which nothing else happens
+constexpr int kFaults[] = {SIGSEGV, SIGFPE, SIGABRT};  // memory, division by zero, failed check of the host's library
+
+enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices };
+
+// How keen the asynchronous units are.
+enum class Pace { kEager, kLazy, kMixed };
+
+class Machine;
+struct Cta;
+
+struct Thread {
+  Cta* cta;
+  int index;
+  bool started = false, ended = false, polls = false;
+  std::function<bool()> wakes;  // empty: ready
+  const char* waits_for = "";
+  ucontext_t entry;
+  jmp_buf resume_point;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+
+  // What it brings to a collective of its warp, and takes away.
+  bool meets = false;
+  Collective collective;
+  uint32_t value, argument, result;
+  uint32_t words[4];
+
+  size_t products = 0;                 // issued
+  std::vector<size_t> product_groups;  // how many products had been issued when each group was committed
+  int store_groups = 0;                // committed
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+// One wgmma of a warpgroup. It may be computed once all threads have issued it.
+struct Product {
+  int issued = 0;
+  uint64_t a = 0, b = 0;                          // matrix descriptors
+  const uint32_t* a_words[kWarpgroupLanes] = {};  // or, if not null, fragments
+  float* d[kWarpgroupLanes] = {};
+  std::function<void(Cta&, Product&)> compute;
+};
+
+// A store or reduction of the copy engine. Groups are those of the thread that issued it.
+struct Store {
+  Thread* thread;
+  int group;
+  bool read = false;
+  std::function<void()> read_shared, write_global;
+};
+
+struct Cta {
+  unsigned index;
+  uint8_t* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<uint8_t> storage;
+  std::vector<int> written_by;  // unit -> 1 + the thread whose ordinary stores the asynchronous proxy may not see yet
+  std::vector<Thread> threads;
+  NamedBarrier named[kNamedBarriers];
+  std::vector<std::deque<Product>> products;  // of each warpgroup
+  std::vector<size_t> products_done;
+  std::vector<std::function<void()>> loads;
+  std::vector<Store> stores;
+  int free_registers = 0;
+  std::vector<int> registers;  // of each warp's threads
+
+  bool ended() const {
+    return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.ended; });
+  }
+};
+
+class Machine {
+ public:
+  static Machine& running() { return *running_; }
+
+  // Runs `body` on every thread of `grid` CTAs, `resident` at a time. Returns what went wrong, or nothing.
+  std::string run(unsigned grid, unsigned block, size_t shared_bytes, unsigned resident, uint64_t seed,
+                  std::function<void()> body) {
+    running_ = this;
+    body_ = std::move(body);
+    gridDim.x = grid;
+    blockDim.x = block;
+    random_.seed(seed);
+    pace_ = Pace(seed % 3);
+    FaultHandler faults;
+    unsigned next = 0;
+    int fruitless = 0;
+    while (error_.empty()) {
+      while (ctas_.size() < resident && next < grid) ctas_.push_back(start(next++, block, shared_bytes));
+      if (ctas_.empty()) break;
+      if (!advance() && error_.empty()) fail_machine("nobody can go on");
+      fruitless = progressed_ ? 0 : fruitless + 1;
+      if (fruitless > kMaxFruitlessRounds) fail_machine("somebody polls for what never comes");
+      retire();
+    }
+    running_ = nullptr;
+    return error_;
+  }
+
+  // -- called by the running thread -----------------------------------------------------------------------------------
+
+  Thread& thread() { return *thread_; }
+  Cta& cta() { return *thread_->cta; }
+  int warpgroup() { return thread_->index / kWarpgroupLanes; }
+
+  // Ends the launch. Does not return when a thread runs.
+  void fail(const std::string& error) {
+    std::ostringstream text;
+    if (thread_ != nullptr) text << "CTA " << thread_->cta->index << ", thread " << thread_->index << ": ";
+    text << error;
+    if (error_.empty()) error_ = text.str();
+    if (thread_ != nullptr) {
+      thread_->ended = true;
+      leave();
+    }
+  }
+
+  void check(bool holds, const char* rule) {
+    if (!holds) fail(rule);
+  }
+
+  void wait(const char* what, std::function<bool()> wakes) {
+    if (wakes()) return;
+    thread_->waits_for = what;
+    thread_->wakes = std::move(wakes);
+    leave();
+  }
+
+  // Lets others run before memory is looked at again.
+  void poll() {
+    thread_->polls = true;
+    leave();
+  }
+
+  uint32_t meet(unsigned mask, Collective collective, uint32_t value, uint32_t argument = 0,
+                const uint32_t* words = nullptr) {
+    check(mask == ~0u, "a collective of less than a warp");
+    Thread& self = *thread_;
+    self.collective = collective;
+    self.value = value;
+    self.argument = argument;
+    if (words != nullptr) std::copy_n(words, 4, self.words);
+    self.meets = true;
+    self.waits_for = "its warp";
+    self.wakes = [&self] { return !self.meets; };
+    complete_meeting(self);
+    if (self.meets) leave();
+    self.wakes = nullptr;
+    return self.result;
+  }
+
+  uint8_t* shared_pointer(uint32_t address, size_t bytes) { return shared_pointer(cta(), address, bytes); }
+
+  uint8_t* shared_pointer(Cta& cta, uint32_t address, size_t bytes) {
+    const size_t offset = address - kSharedWindow;
+    if (address < kSharedWindow || offset + bytes > cta.shared_bytes) {
+      fail("shared address " + std::to_string(address) + " is outside of the CTA's " +
+           std::to_string(cta.shared_bytes) + " bytes");
+      return cta.shared;
+    }
+    return cta.shared + offset;
+  }
+
+  uint32_t shared_address(const void* pointer) { return shared_address(cta(), pointer); }
+
+  static uint32_t shared_address(const Cta& cta, const void* pointer) {
+    return uint32_t(static_cast<const uint8_t*>(pointer) - cta.shared) + kSharedWindow;
+  }
+
+  // -- the asynchronous proxy's view of shared memory -----------------------------------------------------------------
+
+  void mark_written(uint32_t address, int bytes) {
+    for (uint32_t at = address / kUnit; at <= (address + bytes - 1) / kUnit; ++at) {
+      cta().written_by[at] = thread_->index + 1;
+    }
+  }
+
+  void fence_async() {
+    for (int& writer : cta().written_by) {
+      if (writer == thread_->index + 1) writer = 0;
+    }
+  }
+
+  void check_visible(Cta& cta, uint32_t address, int bytes) {
+    for (uint32_t at = address / kUnit; at <= (address + bytes - 1) / kUnit; ++at) {
+      if (cta.written_by[at] != 0) {
+        fail("thread " + std::to_string(cta.written_by[at] - 1) + " wrote shared address " +
+             std::to_string(at * kUnit) + " without a fence before the asynchronous proxy accessed it");
+      }
+    }
+  }
+
+ private:
+  // Faults of device code end the launch; those of the machine itself the process.
+  struct FaultHandler {
+    struct sigaction previous[std::size(kFaults)];
+    FaultHandler() {
+      struct sigaction on_fault = {};
+      on_fault.sa_handler = [](int fault) {
+        if (running_->thread_ != nullptr) running_->fail(strsignal(fault));
+        signal(fault, SIG_DFL);
+        raise(fault);
+      };
+      on_fault.sa_flags = SA_NODEFER;  // the handler is left by a jump, which would leave the signal blocked
+      for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &on_fault, &previous[i]);
+    }
+    ~FaultHandler() {
+      for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &previous[i], nullptr);
+    }
+  };
+
+  std::unique_ptr<Cta> start(unsigned index, unsigned block, size_t shared_bytes) {
+    auto cta = std::make_unique<Cta>();
+    cta->index = index;
+    cta->shared_bytes = shared_bytes;
+    cta->storage.resize(shared_bytes + 2048);
+    const uintptr_t base = (reinterpret_cast<uintptr_t>(cta->storage.data()) + 1023) / 1024 * 1024;
+    cta->shared = reinterpret_cast<uint8_t*>(base);
+    memset(cta->shared, 0xFF, shared_bytes);  // NaN in all formats
+    cta->written_by.assign((shared_bytes + kSharedWindow) / kUnit + 1, 0);
+    const int num_warps = (block + kWarpLanes - 1) / kWarpLanes;
+    cta->registers.assign(num_warps, kRegistersPerMultiprocessor / int(block) / 8 * 8);
+    cta->products.resize((block + kWarpgroupLanes - 1) / kWarpgroupLanes);
+    cta->products_done.assign(cta->products.size(), 0);
+    cta->threads = std::vector<Thread>(block);
+    for (unsigned i = 0; i < block; ++i) {
+      Thread& thread = cta->threads[i];
+      thread.cta = cta.get();
+      thread.index = int(i);
+      getcontext(&thread.entry);
+      thread.entry.uc_stack.ss_sp = thread.stack.get();
+      thread.entry.uc_stack.ss_size = kStackBytes;
+      makecontext(&thread.entry, [] { running_->thread_main(); }, 0);
+    }
+    return cta;
+  }
+
+  void thread_main() {
+    body_();
+    thread_->ended = true;
+    leave();
+  }
+
+  // From the machine to a thread, and back. Contexts only start fibers: each later switch by them would be a system
+  // call.
+  void resume(Thread& thread) {
+    thread_ = &thread;
+    blockIdx.x = thread.cta->index;
+    threadIdx.x = unsigned(thread.index);
+    if (_setjmp(machine_) == 0) {
+      if (thread.started) _longjmp(thread.resume_point, 1);
+      thread.started = true;
+      setcontext(&thread.entry);
+    }
+    thread_ = nullptr;
+  }
+
+  void leave() {
+    if (_setjmp(thread_->resume_point) == 0) _longjmp(machine_, 1);
+  }
+
+  // One turn: a warp until none of its lanes can go on, or one asynchronous operation. Returns whether there was
+  // either.
+  bool advance() {
+    progressed_ = false;
+    const bool units_first = pace_ == Pace::kEager || (pace_ == Pace::kMixed && random_() % 2 == 0);
+    if (units_first && advance_units()) return true;
+    bool polled = false;
+    const size_t first_cta = random_() % ctas_.size();
+    for (size_t i = 0; i < ctas_.size(); ++i) {
+      Cta& cta = *ctas_[(first_cta + i) % ctas_.size()];
+      const size_t num_warps = cta.registers.size(), first_warp = random_() % num_warps;
+      for (size_t j = 0; j < num_warps; ++j) {
+        if (run_warp(cta, (first_warp + j) % num_warps, polled)) return true;
+        if (!error_.empty()) return false;
+      }
+    }
+    return advance_units() || polled;
+  }
+
+  // Returns whether any lane did more than look at a value that it polls for; `polled`: whether one did that.
+  bool run_warp(Cta& cta, size_t warp, bool& polled) {
+    const size_t end = std::min(cta.threads.size(), (warp + 1) * kWarpLanes);
+    bool ran = false;
+    for (bool again = true; again;) {
+      again = false;
+      for (size_t i = warp * kWarpLanes; i < end; ++i) {
+        Thread& thread = cta.threads[i];
+        if (thread.ended || (thread.wakes && !thread.wakes())) continue;
+        thread.wakes = nullptr;
+        thread.polls = false;
+        resume(thread);
+        if (!error_.empty()) return false;
+        polled |= thread.polls;
+        again |= !thread.polls;
+      }
+      ran |= again;
+    }
+    progressed_ |= ran;
+    return ran;
+  }
+
+  // One operation of an asynchronous unit.
+  bool advance_units() {
+    const size_t first_cta = random_() % ctas_.size();
+    for (size_t i = 0; i < ctas_.size(); ++i) {
+      Cta& cta = *ctas_[(first_cta + i) % ctas_.size()];
+      const unsigned first_kind = random_();
+      for (unsigned kind = 0; kind < 3; ++kind) {
+        bool did = false;
+        switch ((first_kind + kind) % 3) {
+          case 0:
+            did = load_one(cta);
+            break;
+          case 1:
+            did = store_one(cta);
+            break;
+          default:
+            did = multiply_one(cta);
+        }
+        if (did) {
+          progressed_ = true;
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  bool load_one(Cta& cta) {
+    if (cta.loads.empty()) return false;
+    const size_t which = random_() % cta.loads.size();
+    auto load = std::move(cta.loads[which]);
+    cta.loads.erase(cta.loads.begin() + which);
+    load();
+    return true;
+  }
+
+  bool store_one(Cta& cta) {
+    if (cta.stores.empty()) return false;
+    const size_t which = random_() % cta.stores.size();
+    Store& store = cta.stores[which];
+    if (!store.read) {
+      store.read_shared();
+      store.read = true;
+      return true;
+    }
+    store.write_global();
+    cta.stores.erase(cta.stores.begin() + which);
+    return true;
+  }
+
+  // In the order of issue within a warpgroup.
+  bool multiply_one(Cta& cta) {
+    const size_t first = random_() % cta.products.size();
+    for (size_t i = 0; i < cta.products.size(); ++i) {
+      const size_t warpgroup = (first + i) % cta.products.size();
+      std::deque<Product>& products = cta.products[warpgroup];
+      if (products.empty() || products.front().issued < kWarpgroupLanes) continue;
+      products.front().compute(cta, products.front());
+      products.pop_front();
+      ++cta.products_done[warpgroup];
+      return true;
+    }
+    return false;
+  }
+
+  // Ends CTAs whose threads have ended. Whoever still needs their shared memory has been forgotten.
+  void retire() {
+    for (size_t i = 0; i < ctas_.size();) {
+      Cta& cta = *ctas_[i];
+      if (!cta.ended()) {
+        ++i;
+        continue;
+      }
+      const auto& stores = cta.stores;
+      const bool unread = std::any_of(stores.begin(), stores.end(), [](const Store& store) { return !store.read; });
+      const bool multiplies = std::any_of(cta.products.begin(), cta.products.end(),
+                                          [](const std::deque<Product>& products) { return !products.empty(); });
+      if (!cta.loads.empty() || unread || multiplies)
+        return fail_machine("a CTA ends before its loads, products or stores");
+      while (!cta.stores.empty()) store_one(cta);
+      ctas_.erase(ctas_.begin() + i);
+    }
+  }
+
+  // Completes a meeting of the thread's warp if all lanes have come.
+  void complete_meeting(Thread& self) {
+    Thread* const lanes = &self.cta->threads[self.index / kWarpLanes * kWarpLanes];
+    for (int i = 0; i < kWarpLanes; ++i) {
+      if (!lanes[i].meets) return;
+    }
+    unsigned ballot = 0;
+    for (int i = 0; i < kWarpLanes; ++i) {
+      if (lanes[i].collective != lanes[0].collective) fail("lanes of a warp meet at different collectives");
+      ballot |= unsigned(lanes[i].value != 0) << i;
+    }
+    for (int i = 0; i < kWarpLanes; ++i) {
+      const int argument = int(lanes[i].argument);
+      switch (lanes[0].collective) {
+        case Collective::kShuffle:
+          lanes[i].result = lanes[argument % kWarpLanes].value;
+          break;
+        case Collective::kShuffleUp:
+          lanes[i].result = lanes[i < argument ? i : i - argument].value;
+          break;
+        case Collective::kShuffleXor:
+          lanes[i].result = lanes[i ^ argument].value;
+          break;
+        case Collective::kStoreMatrices:
+          store_matrix_row(lanes, i);
+          break;
+        default:
+          lanes[i].result = ballot;
+      }
+    }
+    for (int i = 0; i < kWarpLanes; ++i) lanes[i].meets = false;
+  }
+
+  // stmatrix.x4: lane i gives the address of row i % 8 of matrix i / 8; lane l holds in word m elements 2 (l % 4) and
+  // the next of row l / 4 of matrix m.
+  void store_matrix_row(Thread* lanes, int i) {
+    uint8_t* row = shared_pointer(lanes[i].value, 16);
+    check(lanes[i].value % 16 == 0, "stmatrix: a row is not aligned to 16 bytes");
+    for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(row + l % 4 * 4, &lanes[l].words[i / 8], 4);
+    for (uint32_t at = lanes[i].value / kUnit; at <= (lanes[i].value + 15) / kUnit; ++at) {
+      lanes[i].cta->written_by[at] = lanes[i].index + 1;
+    }
+  }
+
+  void fail_machine(const std::string& what) {
+    std::ostringstream text;
+    text << what << ".";
+    for (const auto& cta : ctas_) {
+      std::string last;
+      for (const Thread& thread : cta->threads) {
+        if (thread.ended) continue;
+        const std::string now = thread.polls ? "a value in memory" : thread.waits_for;
+        if (now != last)
+          text << " CTA " << cta->index << " from thread " << thread.index << ": waits for " << now << ".";
+        last = now;
+      }
+    }
+    if (error_.empty()) error_ = text.str();
+  }
+
+  inline static Machine* running_ = nullptr;
+
+  std::function<void()> body_;
+  std::vector<std::unique_ptr<Cta>> ctas_;  // resident
+  Thread* thread_ = nullptr;                // that runs; null while the machine does
+  jmp_buf machine_;
+  std::minstd_rand random_;
+  Pace pace_ = Pace::kMixed;
+  bool progressed_ = false;
+  std::string error_;
+};
+
+inline Machine& machine() { return Machine::running(); }
+
+}  // namespace emulator
