@@ -7,13 +7,16 @@ runtime are the package's own. What the emulator cannot tell: registers, speed, 
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ import fake_cuda
 from flash_attn_3 import backward_launch, codegen, compiler, launch, runtime, runtime_build
 from flash_attn_3.backward_config import BackwardConfig
 from flash_attn_3.config import KernelConfig
+
+#: Enough that tiles are shared out unevenly, and so few that CTAs take several.
+NUM_SMS = 3
 
 _FOLDER = Path(__file__).resolve().parent
 _KERNELS = _FOLDER.parent / "csrc" / "kernels"
@@ -54,13 +60,32 @@ class HostKernel:
         return self.config.smem_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class SourceChange:
+    """A defect: `old` becomes `new` wherever it stands in a header, a path below csrc/kernels."""
+
+    header: str
+    old: str
+    new: str
+
+    def apply(self, tree: Path) -> Path:
+        """A copy of the tree with the change."""
+        text = (tree / self.header).read_text()
+        if self.old not in text:
+            raise ValueError(f"old: {self.old!r} does not occur in {self.header}")
+        changed = Path(tempfile.mkdtemp(dir=tree.parent))
+        shutil.copytree(tree, changed, dirs_exist_ok=True)
+        (changed / self.header).write_text(text.replace(self.old, self.new))
+        return changed
+
+
 class Emulator:
     """The machine of this process."""
 
     def __init__(self, folder: Path, num_sms: int):
         self.folder = folder
         self._sources = _source_tree(folder)
-        self._driver = ctypes.CDLL(str(_build_driver(folder)), mode=ctypes.RTLD_GLOBAL)
+        self._driver = ctypes.CDLL(str(_driver(folder)), mode=ctypes.RTLD_GLOBAL)
         self._driver.emulator_configure.argtypes = (ctypes.c_uint, ctypes.c_uint64)
         self.num_sms = num_sms
         self.seed(0)
@@ -70,26 +95,59 @@ class Emulator:
         self._driver.emulator_configure(self.num_sms, seed)
 
     @functools.cache  # noqa: B019, the machine lives as long as its process
-    def kernel(self, config: KernelConfig) -> HostKernel:
+    def kernel(self, config: KernelConfig, change: SourceChange | None = None) -> HostKernel:
         """Compile a configuration's generated source for the host, or take it from `folder`."""
+        sources = self._sources if change is None else change.apply(self._sources)
         source = '#include "entry.h"\n' + codegen.render(config) + _entries(config)
-        key = hashlib.sha256((source + _tree_digest()).encode()).hexdigest()[:16]
+        key = hashlib.sha256((source + _digest() + repr(change)).encode()).hexdigest()[:16]
         library = self.folder / f"{config.name}-{key}.so"
         cubin = library.with_suffix(".path")
         if not cubin.exists():
             unit = self.folder / f"{config.name}-{os.getpid()}.cc"
             unit.write_text(source)
             temporary = library.with_suffix(f".{os.getpid()}")
-            _compile(unit, temporary, [f"-I{self._sources}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
+            _compile(unit, temporary, [f"-I{sources}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
             temporary.rename(library)
-            cubin.write_bytes(os.fsencode(library) + b"\0")
+            path = temporary.with_suffix(".tmp")
+            path.write_bytes(os.fsencode(library) + b"\0")
+            path.rename(cubin)
         return HostKernel(config, cubin)
 
 
-def install(folder: Path, num_sms: int = 3) -> Emulator:
+class EmulatedMachine:
+    """A process that is a machine with an emulated GPU. `folder` keeps what is compiled, and may be shared."""
+
+    def __init__(self, folder: Path, num_sms: int = NUM_SMS):
+        folder.mkdir(exist_ok=True)
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _start, (folder, num_sms, fake_cuda.runtime_library())
+        )
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(emulator, *arguments)`` in that process; exceptions come back."""
+        return self._pool.submit(_call_with_emulator, function, *arguments).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+_machine: Emulator | None = None
+
+
+def _start(folder: Path, num_sms: int, runtime_library: Path) -> None:
+    global _machine
+    torch.set_num_threads(1)
+    _machine = install(folder, num_sms, runtime_library)
+
+
+def _call_with_emulator(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(_machine, *arguments)
+
+
+def install(folder: Path, num_sms: int = NUM_SMS, runtime_library: Path | None = None) -> Emulator:
     """Let the kernels compute what the package would compute by its model of them. For a process of its own."""
     emulator = Emulator(folder, num_sms)
-    library = runtime.load_library(fake_cuda.runtime_library())
+    library = runtime.load_library(runtime_library or fake_cuda.runtime_library())
     library = dataclasses.replace(
         library,
         forward_launcher=_with_cuda_tensors(library.forward_launcher),
@@ -127,17 +185,37 @@ def _as_cuda(tensor: torch.Tensor | None) -> Any:
 
 def _source_tree(folder: Path) -> Path:
     """The kernels' headers with the emulator's instructions in the place of the GPU's."""
-    tree = folder / "kernels"
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(_KERNELS, tree)
-    (tree / "core" / "ptx.cuh").write_text((_EMULATOR / "ptx.cuh").read_text())
+    tree = folder / f"kernels-{_digest()}"
+    if not tree.exists():
+        temporary = Path(tempfile.mkdtemp(dir=folder))
+        shutil.copytree(_KERNELS, temporary, dirs_exist_ok=True)
+        shutil.copyfile(_EMULATOR / "ptx.cuh", temporary / "core" / "ptx.cuh")
+        _publish(temporary, tree)
     return tree
 
 
+def _driver(folder: Path) -> Path:
+    library = folder / f"driver-{_digest()}" / "libcuda.so.1"
+    if not library.exists():
+        temporary = Path(tempfile.mkdtemp(dir=folder))
+        _compile(_EMULATOR / "driver.cc", temporary / library.name, [f"-Wl,-soname,{library.name}"])
+        _publish(temporary, library.parent)
+    return library
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name; another process may have been faster, with the same contents."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+
+
 @functools.cache
-def _tree_digest() -> str:
-    files = [*_KERNELS.rglob("*.*h"), *_EMULATOR.rglob("*.*h*")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+def _digest() -> str:
+    """Of all sources but the generated ones."""
+    files = [path for root in (_KERNELS, _EMULATOR) for path in sorted(root.rglob("*")) if path.is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _entries(config: KernelConfig) -> str:
@@ -145,12 +223,6 @@ def _entries(config: KernelConfig) -> str:
         symbols = (config.preprocess_symbol, config.name, config.postprocess_symbol)
         return "".join(f"\nEMULATED_KERNEL({symbol}, fa::BackwardParams)" for symbol in symbols)
     return f"\nEMULATED_KERNEL({config.name}, fa::ForwardParams)"
-
-
-def _build_driver(folder: Path) -> Path:
-    library = folder / "libcuda.so.1"
-    _compile(_EMULATOR / "driver.cc", library, ["-Wl,-soname,libcuda.so.1"])
-    return library
 
 
 def _compile(source: Path, library: Path, flags: list[str]) -> None:

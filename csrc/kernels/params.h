@@ -29,8 +29,8 @@ struct TileCounter {
 // bounds, so loads return zeros and stores write nothing there, wherever the sequence ends. With a dense
 // layout, bound = seqlen and offset = 0.
 //
-// A box must hold at least one row in bounds: for one that does not, the copy engine touches the base address, which
-// may not be mapped.
+// A box must hold at least one element in bounds: for one that does not, the copy engine touches the base address,
+// which may not be mapped.
 struct alignas(128) ForwardParams {
   CUtensorMap q;  // box {swizzle width, h, 64 / h rows, 1, 1}, h = 2^packed_heads_log2
   CUtensorMap k;  // box {swizzle width, 1, block_n rows, 1, 1}

@@ -12,6 +12,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -42,8 +43,11 @@ constexpr int kFaults[] = {SIGSEGV, SIGFPE, SIGABRT};  // memory, division by ze
 
 enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices };
 
-// How keen the asynchronous units are.
+// How keen the asynchronous units are. Lazy ones work only when no thread can go on, and always the same unit first, so
+// that another one is as late as it can be.
 enum class Pace { kEager, kLazy, kMixed };
+
+enum class Unit { kLoads, kStores, kProducts };
 
 class Machine;
 struct Cta;
@@ -124,6 +128,9 @@ class Machine {
     blockDim.x = block;
     random_.seed(seed);
     pace_ = Pace(seed % 3);
+    std::array<Unit, 3> all = {Unit::kLoads, Unit::kStores, Unit::kProducts};
+    for (uint64_t i = 0; i < seed / 3 % 6; ++i) std::next_permutation(all.begin(), all.end());
+    units_ = all;
     FaultHandler faults;
     unsigned next = 0;
     int fruitless = 0;
@@ -344,29 +351,27 @@ class Machine {
 
   // One operation of an asynchronous unit.
   bool advance_units() {
+    if (pace_ != Pace::kLazy) std::shuffle(units_.begin(), units_.end(), random_);
     const size_t first_cta = random_() % ctas_.size();
-    for (size_t i = 0; i < ctas_.size(); ++i) {
-      Cta& cta = *ctas_[(first_cta + i) % ctas_.size()];
-      const unsigned first_kind = random_();
-      for (unsigned kind = 0; kind < 3; ++kind) {
-        bool did = false;
-        switch ((first_kind + kind) % 3) {
-          case 0:
-            did = load_one(cta);
-            break;
-          case 1:
-            did = store_one(cta);
-            break;
-          default:
-            did = multiply_one(cta);
-        }
-        if (did) {
-          progressed_ = true;
-          return true;
-        }
+    for (Unit unit : units_) {
+      for (size_t i = 0; i < ctas_.size(); ++i) {
+        if (!advance_unit(unit, *ctas_[(first_cta + i) % ctas_.size()])) continue;
+        progressed_ = true;
+        return true;
       }
     }
     return false;
+  }
+
+  bool advance_unit(Unit unit, Cta& cta) {
+    switch (unit) {
+      case Unit::kLoads:
+        return load_one(cta);
+      case Unit::kStores:
+        return store_one(cta);
+      default:
+        return multiply_one(cta);
+    }
   }
 
   bool load_one(Cta& cta) {
@@ -494,6 +499,7 @@ class Machine {
   jmp_buf machine_;
   std::minstd_rand random_;
   Pace pace_ = Pace::kMixed;
+  std::array<Unit, 3> units_;
   bool progressed_ = false;
   std::string error_;
 };

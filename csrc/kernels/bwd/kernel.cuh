@@ -41,6 +41,7 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
 
   const KeyTile tile = key_tile<Traits>(params, tile_index<Traits>(params, smem));
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
+  clear_missing_columns<Traits>(params, smem);
   if (threadIdx.x == 0) {
     Barrier::init(&smem.control.k_full, 1);
     Barrier::init(&smem.control.v_full, 1);

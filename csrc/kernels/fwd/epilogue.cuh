@@ -119,8 +119,9 @@ class Epilogue {
   FA_DEVICE void send(const WorkTile& tile, int position) {
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kHeadDimV / kChunkColumns; ++chunk) {
-      cute::SM90_TMA_STORE_5D::copy(&params_.o, smem_.output(warpgroup_) + chunk * kChunkBytes,
-                                    tile.value_pass * Traits::kHeadDimV + chunk * kChunkColumns, tile.head_q,
+      const int column = tile.value_pass * Traits::kHeadDimV + chunk * kChunkColumns;
+      if (column >= params_.head_dim_v) break;
+      cute::SM90_TMA_STORE_5D::copy(&params_.o, smem_.output(warpgroup_) + chunk * kChunkBytes, column, tile.head_q,
                                     tile.q.map_row(params_.row_bound_q, position), tile.q.map_origin(), tile.q.batch);
     }
     cute::tma_store_arrive();

@@ -117,8 +117,8 @@ class Producer {
       ring.wait_empty(q_stage_);
       load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes>(
           params_.q, &ring.full[q_stage_.index()], CacheHint::EVICT_FIRST, smem_.q[q_stage_.index()][warpgroup], 0,
-          tile.head_q, packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows),
-          params_.row_bound_q, tile.q);
+          Traits::kHeadDim, tile.head_q,
+          packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows), params_.row_bound_q, tile.q);
     }
     q_stage_.advance();
   }
@@ -127,7 +127,7 @@ class Producer {
     control_.k.wait_empty(k_stage_);
     load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes>(
         params_.k, &control_.k.full[k_stage_.index()], CacheHint::EVICT_LAST, smem_.k[k_stage_.index()], 0,
-        tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
+        Traits::kHeadDim, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
     k_stage_.advance();
   }
 
@@ -135,24 +135,27 @@ class Producer {
     control_.v.wait_empty(v_stage_);
     load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV>(
         params_.v, &control_.v.full[v_stage_.index()], CacheHint::EVICT_LAST, smem_.v[v_stage_.index()],
-        tile.value_pass * Traits::kHeadDimV, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
+        tile.value_pass * Traits::kHeadDimV, params_.head_dim_v, tile.head_kv, n_block * Traits::kBlockN,
+        params_.row_bound_k, tile.k);
     v_stage_.advance();
   }
 
-  // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence. Where no row is
-  // left, nothing is asked for (see params.h) and the buffer keeps what it holds: those rows' results are never stored,
-  // and those keys are masked.
+  // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence and from `column`
+  // of its `columns` columns. Where no row is left, or no column of a chunk, nothing is asked for (see params.h) and
+  // the buffer keeps what it holds: those rows' and columns' results are never stored, and those keys are masked.
   template <int kRows, int kColumns, int kSwizzleBytes>
   FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
-                             int head, int row, int row_bound, const Sequence& sequence) {
+                             int columns, int head, int row, int row_bound, const Sequence& sequence) {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
     if (row >= sequence.length) {
       Barrier::arrive(full);
       return;
     }
-    TransactionBarrier::arrive_and_expect_tx(full, kRows * kColumns * Shape::kElementBytes);
+    const int num_chunks = min_of(kColumns / kChunkColumns, ceil_div(columns - column, kChunkColumns));
+    TransactionBarrier::arrive_and_expect_tx(full, num_chunks * kRows * kSwizzleBytes);
 #pragma unroll
     for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
+      if (chunk >= num_chunks) break;
       cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), tile + chunk * kRows * kSwizzleBytes,
                                    column + chunk * kChunkColumns, head, sequence.map_row(row_bound, row),
                                    sequence.map_origin(), sequence.batch);
