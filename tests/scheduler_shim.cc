@@ -1,5 +1,5 @@
 // The kernels' order of tiles and their schedulers, for the CPU tests.
-#include "warp_emulator.h"
+#include "emulator/builtins.h"
 
 // scheduler.cuh needs its constants.
 #include "core/traits.cuh"
@@ -71,11 +71,13 @@ bool same(const fa::ScheduledTile& a, const fa::ScheduledTile& b) {
 template <class Traits>
 std::string run_traits(const fa::ForwardParams& params, int num_ctas, const std::vector<uint8_t>& turns, int capacity,
                        HandedTile* tiles, int32_t* num_tiles) {
-  emulator::Grid grid;
+  emulator::Machine grid;
+  grid.take_turns(turns);
   // Of each CTA: the tiles that its lanes have been given.
   std::vector<std::vector<fa::ScheduledTile>> given(num_ctas);
   *num_tiles = 0;
-  return grid.run(num_ctas, turns, [&] {
+  const unsigned ctas = unsigned(num_ctas);
+  return grid.run({ctas, fa::kWarpThreads, ctas, /*shared_bytes=*/0, /*seed=*/0}, [&] {
     const int cta = blockIdx.x;
     fa::Scheduler<Traits> scheduler;
     size_t count = 0;

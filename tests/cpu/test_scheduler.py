@@ -1,6 +1,6 @@
 """The order of tiles and the schedulers against brute force: the kernels' headers, run on the host.
 
-``warp_emulator.h`` plays a launch whose CTAs take turns in any order that hypothesis thinks of.
+The emulator plays a launch whose CTAs take turns in any order that hypothesis thinks of.
 """
 
 import ctypes

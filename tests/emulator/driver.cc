@@ -9,20 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace {
 
-// Mirrors emulator::LaunchShape, whose header brings the machine along.
-struct LaunchShape {
-  unsigned grid, block, resident;
-  size_t shared_bytes;
-  uint64_t seed;
-};
-
 struct EmulatedKernel {
   std::string symbol;
-  const char* (*launch)(const LaunchShape*, const void*);
+  const char* (*launch)(const emulator::Launch*, const void*);
   size_t params_bytes;
 };
 
@@ -181,10 +175,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
   const EmulatedKernel& kernel = *reinterpret_cast<const EmulatedKernel*>(function);
-  const LaunchShape shape = {config->gridDimX, config->blockDimX, num_sms, config->sharedMemBytes, seed++};
-  last_error = kernel.launch(&shape, arguments[0]);
+  const emulator::Launch launch = {config->gridDimX, config->blockDimX, num_sms, config->sharedMemBytes, seed++};
+  last_error = kernel.launch(&launch, arguments[0]);
   if (last_error.empty()) return CUDA_SUCCESS;
-  last_error = kernel.symbol + ", seed " + std::to_string(shape.seed) + ": " + last_error;
+  last_error = kernel.symbol + ", seed " + std::to_string(launch.seed) + ": " + last_error;
   return CUDA_ERROR_LAUNCH_FAILED;
 }
 

@@ -24,6 +24,8 @@
 #include <utility>
 #include <vector>
 
+#include "launch.h"
+
 struct EmulatedIndex {
   unsigned x;
 };
@@ -119,9 +121,13 @@ class Machine {
  public:
   static Machine& running() { return *running_; }
 
-  // Runs `body` on every thread of `grid` CTAs, `resident` at a time. Returns what went wrong, or nothing.
-  std::string run(unsigned grid, unsigned block, size_t shared_bytes, unsigned resident, uint64_t seed,
-                  std::function<void()> body) {
+  // Lets the caller say whose turn it is: after turns[i] comes turns[i + 1], and after the last one the first, an index
+  // into the CTAs that have not ended, modulo their number. A turn ends behind every atomic operation and fence.
+  void take_turns(std::vector<uint8_t> turns) { turns_ = std::move(turns); }
+
+  // Runs `body` on every thread of the launch. Returns what went wrong, or nothing.
+  std::string run(const Launch& launch, std::function<void()> body) {
+    const auto& [grid, block, resident, shared_bytes, seed] = launch;
     running_ = this;
     body_ = std::move(body);
     gridDim.x = grid;
@@ -315,7 +321,7 @@ class Machine {
     const bool units_first = pace_ == Pace::kEager || (pace_ == Pace::kMixed && random_() % 2 == 0);
     if (units_first && advance_units()) return true;
     bool polled = false;
-    const size_t first_cta = random_() % ctas_.size();
+    const size_t first_cta = (turns_.empty() ? random_() : turns_[turn_++ % turns_.size()]) % ctas_.size();
     for (size_t i = 0; i < ctas_.size(); ++i) {
       Cta& cta = *ctas_[(first_cta + i) % ctas_.size()];
       const size_t num_warps = cta.registers.size(), first_warp = random_() % num_warps;
@@ -323,25 +329,27 @@ class Machine {
         if (run_warp(cta, (first_warp + j) % num_warps, polled)) return true;
         if (!error_.empty()) return false;
       }
+      if (polled && !turns_.empty()) return true;
     }
     return advance_units() || polled;
   }
 
-  // Returns whether any lane did more than look at a value that it polls for; `polled`: whether one did that.
+  // Runs the lanes of a warp until none can go on; one that polls goes on in the next turn. Returns whether any did
+  // more than that; `polled`: whether any polled.
   bool run_warp(Cta& cta, size_t warp, bool& polled) {
-    const size_t end = std::min(cta.threads.size(), (warp + 1) * kWarpLanes);
+    const auto begin = cta.threads.begin() + warp * kWarpLanes;
+    const auto end = begin + std::min<size_t>(kWarpLanes, cta.threads.end() - begin);
+    for (auto thread = begin; thread != end; ++thread) thread->polls = false;
     bool ran = false;
     for (bool again = true; again;) {
       again = false;
-      for (size_t i = warp * kWarpLanes; i < end; ++i) {
-        Thread& thread = cta.threads[i];
-        if (thread.ended || (thread.wakes && !thread.wakes())) continue;
-        thread.wakes = nullptr;
-        thread.polls = false;
-        resume(thread);
+      for (auto thread = begin; thread != end; ++thread) {
+        if (thread->ended || thread->polls || (thread->wakes && !thread->wakes())) continue;
+        thread->wakes = nullptr;
+        resume(*thread);
         if (!error_.empty()) return false;
-        polled |= thread.polls;
-        again |= !thread.polls;
+        polled |= thread->polls;
+        again |= !thread->polls;
       }
       ran |= again;
     }
@@ -501,6 +509,8 @@ class Machine {
   Pace pace_ = Pace::kMixed;
   std::array<Unit, 3> units_;
   bool progressed_ = false;
+  std::vector<uint8_t> turns_;
+  size_t turn_ = 0;
   std::string error_;
 };
 
