@@ -33,9 +33,30 @@ def missing_hopper() -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate", action="store_true", help="run the GPU tests in the emulator; for runs of tests/gpu alone"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--emulate"):
+        return
+    from emulated_cuda import emulated_cuda
+
+    machine = emulated_cuda(config.cache.mkdir("emulated"))
+    machine.__enter__()
+    config.add_cleanup(lambda: machine.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    reason = missing_hopper() if gpu_items else None
+    if config.getoption("--emulate"):
+        needing = [item for item in gpu_items if item.get_closest_marker("hardware")]
+        reason = "needs a GPU's streams, memory or pace"
+    else:
+        needing, reason = gpu_items, missing_hopper() if gpu_items else None
     if reason is not None:
-        for item in gpu_items:
+        for item in needing:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -12,6 +12,8 @@ import flash_attn_interface
 from .cases import Case
 from .harness import Tensors, check, make_tensors, run
 
+pytestmark = pytest.mark.hardware
+
 DENSE = Case(128, heads_q=4, heads_kv=2, seqlen_q=100, seqlen_k=150)
 VARLEN = Case(128, heads_q=4, heads_kv=2, lens_q=(60, 40), lens_k=(100, 50))
 

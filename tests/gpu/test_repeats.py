@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import flash_attn_interface
 
 from .cases import CAUSAL, KERNEL_MASKS, Case, each
 from .harness import Tensors, check, make_tensors, run
+
+pytestmark = pytest.mark.hardware
 
 REPEATS = 1000
 #: Part of the free GPU memory that is taken away before the repeats.

@@ -8,6 +8,8 @@ import torch
 from .cases import Case, each
 from .harness import Tensors, check, make_tensors, poisoned_allocations, run
 
+pytestmark = pytest.mark.hardware
+
 TWO_GIGA = 2**31
 
 

@@ -8,6 +8,8 @@ import torch
 from .cases import FULL, KERNEL_MASKS, Case, each
 from .harness import Tensors, check, make_tensors, run
 
+pytestmark = pytest.mark.hardware
+
 #: Long enough that work queued behind it has not begun when the host goes on.
 SLEEP_CYCLES = 50_000_000
 

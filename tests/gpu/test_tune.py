@@ -1,5 +1,7 @@
 """The tuner's measuring process on a GPU: it checks and times real kernels."""
 
+import pytest
+
 from flash_attn_3 import compiler
 from flash_attn_3.tile_table import TileChoice, TileKey, forward_tiles
 from flash_attn_3.tune.job import Job, Variant
@@ -7,6 +9,8 @@ from flash_attn_3.tune.process import Worker
 from flash_attn_3.tune.shapes import TuneShape
 
 from .cases import CAUSAL, FULL, Case, each
+
+pytestmark = pytest.mark.hardware
 
 
 @each(Case(causal=mask.causal) for mask in (FULL, CAUSAL))
