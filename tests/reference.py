@@ -16,8 +16,8 @@ MAX_SCORES = 2**27
 #: Largest 1 - cosine between a result and the exact one. The rounding of P and of the output to 8 bits of
 #: mantissa (bf16) leaves about 7e-7; fp16 has 3 bits more, hence 64 times less.
 COSINE_TOLERANCE = {torch.bfloat16: 5e-6, torch.float16: 1e-7}
-#: Results of fewer numbers have no cosine check: their rounding errors do not average (one row of 16 numbers, the sum of 49
-#: values that nearly cancel, was right and 5.7e-6 away).
+#: Results of fewer numbers have no cosine check: their rounding errors do not average (one row of 16 numbers, a sum
+#: of 49 values that nearly cancel, was right and 5.7e-6 away).
 MIN_COSINE_NUMBERS = 256
 
 
@@ -184,8 +184,8 @@ def assert_out_close(
 ) -> None:
     """``out`` passes the tolerance rule and the cosine check against the exact result (float64 or float32).
 
-    ``cosine_tolerance`` is that of the dtype unless the caller can name a further source of rounding. There is no cosine
-    check of fewer than `MIN_COSINE_NUMBERS` numbers.
+    ``cosine_tolerance`` is that of the dtype unless the caller can name a further source of rounding. Fewer numbers
+    than `MIN_COSINE_NUMBERS` have no cosine check.
 
     All three hold NaN in rows that do not exist, and nowhere else.
     """
