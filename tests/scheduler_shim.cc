@@ -77,7 +77,7 @@ std::string run_traits(const fa::ForwardParams& params, int num_ctas, const std:
   std::vector<std::vector<fa::ScheduledTile>> given(num_ctas);
   *num_tiles = 0;
   const unsigned ctas = unsigned(num_ctas);
-  return grid.run({ctas, fa::kWarpThreads, ctas, /*shared_bytes=*/0, /*seed=*/0}, [&] {
+  return grid.run({ctas, /*cluster=*/1, fa::kWarpThreads, /*shared_bytes=*/0, /*seed=*/0, ctas}, [&] {
     const int cta = blockIdx.x;
     fa::Scheduler<Traits> scheduler;
     size_t count = 0;

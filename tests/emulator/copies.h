@@ -80,6 +80,19 @@ inline void load_bytes(const void* memory, const void* barrier, void* shared, in
   });
 }
 
+// From shared memory to that of another CTA of the cluster.
+inline void copy_to_rank(int rank, uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+  machine().check(bytes % kUnit == 0 && to % kUnit == 0 && from % kUnit == 0, "a bulk copy is aligned to 16 bytes");
+  Cta* const cta = &machine().cta();
+  const uint8_t* const here = machine().shared_pointer(from, bytes);
+  cta->loads.push_back([=] {
+    Cta& there = machine().in_rank(*cta, rank);
+    machine().check_visible(*cta, from, bytes);
+    memcpy(machine().shared_pointer(there, to, bytes), here, bytes);
+    complete_bytes(machine().shared_pointer(there, barrier, sizeof(MBarrier)), bytes);
+  });
+}
+
 inline void push_store(std::function<void()> read_shared, std::function<void()> write_global) {
   Thread* const thread = &machine().thread();
   machine().cta().stores.push_back(

@@ -175,7 +175,12 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
   const EmulatedKernel& kernel = *reinterpret_cast<const EmulatedKernel*>(function);
-  const emulator::Launch launch = {config->gridDimX, config->blockDimX, num_sms, config->sharedMemBytes, seed++};
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = config->attrs[i].value.clusterDim.x;
+  }
+  const emulator::Launch launch = {config->gridDimX,       cluster, config->blockDimX,
+                                   config->sharedMemBytes, seed++,  num_sms};
   last_error = kernel.launch(&launch, arguments[0]);
   if (last_error.empty()) return CUDA_SUCCESS;
   last_error = kernel.symbol + ", seed " + std::to_string(launch.seed) + ": " + last_error;

@@ -58,6 +58,7 @@ struct Thread {
   Cta* cta;
   int index;
   bool started = false, ended = false, polls = false;
+  bool meets_cluster = false;
   std::function<bool()> wakes;  // empty: ready
   const char* waits_for = "";
   ucontext_t entry;
@@ -127,8 +128,11 @@ class Machine {
 
   // Runs `body` on every thread of the launch. Returns what went wrong, or nothing.
   std::string run(const Launch& launch, std::function<void()> body) {
-    const auto& [grid, block, resident, shared_bytes, seed] = launch;
+    const auto& [grid, cluster, block, shared_bytes, seed, fitting] = launch;
+    const unsigned resident = std::max(fitting, cluster);
     running_ = this;
+    cluster_ = cluster;
+    if (grid % cluster != 0) return "the grid is no multiple of the cluster";
     body_ = std::move(body);
     gridDim.x = grid;
     blockDim.x = block;
@@ -141,7 +145,9 @@ class Machine {
     unsigned next = 0;
     int fruitless = 0;
     while (error_.empty()) {
-      while (ctas_.size() < resident && next < grid) ctas_.push_back(start(next++, block, shared_bytes));
+      while (ctas_.size() + cluster <= resident && next < grid) {
+        for (unsigned i = 0; i < cluster; ++i) ctas_.push_back(start(next++, block, shared_bytes));
+      }
       if (ctas_.empty()) break;
       if (!advance() && error_.empty()) fail_machine("nobody can go on");
       fruitless = progressed_ ? 0 : fruitless + 1;
@@ -220,6 +226,36 @@ class Machine {
 
   static uint32_t shared_address(const Cta& cta, const void* pointer) {
     return uint32_t(static_cast<const uint8_t*>(pointer) - cta.shared) + kSharedWindow;
+  }
+
+  // -- clusters -------------------------------------------------------------------------------------------------------
+
+  int cluster_rank() { return int(cta().index % cluster_); }
+
+  // The CTA of that rank in `of`'s cluster, which must not have ended.
+  Cta& in_rank(const Cta& of, int rank) {
+    const unsigned index = of.index / cluster_ * cluster_ + unsigned(rank);
+    for (auto& cta : ctas_) {
+      if (cta->index == index && !cta->ended()) return *cta;
+    }
+    fail("access to the shared memory of a CTA that has ended, or is not of the cluster");
+    return cta();
+  }
+
+  // What a pointer into the running CTA's shared memory would point to in that rank.
+  template <class Value>
+  Value* in_rank(int rank, Value* pointer) {
+    uint8_t* const base = in_rank(cta(), rank).shared;
+    return reinterpret_cast<Value*>(base + (reinterpret_cast<const uint8_t*>(pointer) - cta().shared));
+  }
+
+  void sync_cluster() {
+    Thread& self = *thread_;
+    self.meets_cluster = true;
+    wait("the cluster", [this, &self] {
+      complete_cluster_meeting(self.cta->index / cluster_);
+      return !self.meets_cluster;
+    });
   }
 
   // -- the asynchronous proxy's view of shared memory -----------------------------------------------------------------
@@ -439,6 +475,20 @@ class Machine {
     }
   }
 
+  // Lets the threads of a cluster go on if all that have not ended have come.
+  void complete_cluster_meeting(unsigned cluster) {
+    for (auto& cta : ctas_) {
+      if (cta->index / cluster_ != cluster) continue;
+      for (const Thread& thread : cta->threads) {
+        if (!thread.ended && !thread.meets_cluster) return;
+      }
+    }
+    for (auto& cta : ctas_) {
+      if (cta->index / cluster_ != cluster) continue;
+      for (Thread& thread : cta->threads) thread.meets_cluster = false;
+    }
+  }
+
   // Completes a meeting of the thread's warp if all lanes have come.
   void complete_meeting(Thread& self) {
     Thread* const lanes = &self.cta->threads[self.index / kWarpLanes * kWarpLanes];
@@ -505,6 +555,7 @@ class Machine {
   std::vector<std::unique_ptr<Cta>> ctas_;  // resident
   Thread* thread_ = nullptr;                // that runs; null while the machine does
   jmp_buf machine_;
+  unsigned cluster_ = 1;
   std::minstd_rand random_;
   Pace pace_ = Pace::kMixed;
   std::array<Unit, 3> units_;

@@ -9,9 +9,15 @@ struct ClusterBarrier {
   static void init(const uint64_t* barrier, uint32_t arrivals) { emulator::init_mbarrier(barrier, arrivals); }
   static void wait(const uint64_t* barrier, uint32_t parity) { emulator::wait_mbarrier(barrier, parity); }
   static void arrive(const uint64_t* barrier) { emulator::arrive_mbarrier(barrier); }
+  static void arrive(const uint64_t* barrier, uint32_t rank, uint32_t predicate) {
+    if (predicate) emulator::arrive_mbarrier(emulator::machine().in_rank(int(rank), barrier));
+  }
 };
 
 struct ClusterTransactionBarrier : ClusterBarrier {
+  static void expect_transaction(const uint64_t* barrier, uint32_t bytes) {
+    emulator::expect_bytes(barrier, int(bytes));
+  }
   static void arrive_and_expect_tx(const uint64_t* barrier, uint32_t bytes) {
     emulator::expect_bytes(barrier, int(bytes));
     emulator::arrive_mbarrier(barrier);
