@@ -43,7 +43,7 @@ constexpr int kUnit = 16;                              // bytes; what the proxy 
 constexpr int kMaxFruitlessRounds = 200000;            // of polling, in which nothing else happens
 constexpr int kFaults[] = {SIGSEGV, SIGFPE, SIGABRT};  // memory, division by zero, failed check of the host's library
 
-enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices };
+enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices, kLoadMatrices };
 
 // How keen the asynchronous units are. Lazy ones work only when no thread can go on, and always the same unit first, so
 // that another one is as late as it can be.
@@ -515,6 +515,9 @@ class Machine {
         case Collective::kStoreMatrices:
           store_matrix_row(lanes, i);
           break;
+        case Collective::kLoadMatrices:
+          load_matrix_row(lanes, i);
+          break;
         default:
           lanes[i].result = ballot;
       }
@@ -531,6 +534,13 @@ class Machine {
     for (uint32_t at = lanes[i].value / kUnit; at <= (lanes[i].value + 15) / kUnit; ++at) {
       lanes[i].cta->written_by[at] = lanes[i].index + 1;
     }
+  }
+
+  // ldmatrix.x4, the other way round.
+  void load_matrix_row(Thread* lanes, int i) {
+    const uint8_t* row = shared_pointer(lanes[i].value, 16);
+    check(lanes[i].value % 16 == 0, "ldmatrix: a row is not aligned to 16 bytes");
+    for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(&lanes[l].words[i / 8], row + l % 4 * 4, 4);
   }
 
   void fail_machine(const std::string& what) {

@@ -28,6 +28,17 @@ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
   emulator::machine().meet(~0u, emulator::Collective::kStoreMatrices, address, 0, words);
 }
 
+inline void load_matrices(uint32_t address, uint32_t* words) {
+  emulator::machine().meet(~0u, emulator::Collective::kLoadMatrices, address);
+  std::copy_n(emulator::machine().thread().words, 4, words);
+}
+
+inline void reduce_add(float* to, float4 values) {
+  emulator::machine().check(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a vector reduction is aligned to 16 bytes");
+  const float parts[] = {values.x, values.y, values.z, values.w};
+  for (int i = 0; i < 4; ++i) to[i] += parts[i];
+}
+
 inline void bulk_reduce_add(float* to, uint32_t from, int bytes) {
   emulator::reduce_add(to, reinterpret_cast<float*>(emulator::machine().shared_pointer(from, bytes)), bytes);
 }

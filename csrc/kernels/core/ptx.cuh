@@ -40,6 +40,21 @@ FA_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t
                : "memory");
 }
 
+// The other way round.
+FA_DEVICE void load_matrices(uint32_t address, uint32_t* words) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Adds four floats to memory. `to`: aligned to 16 bytes.
+FA_DEVICE void reduce_add(float* to, float4 values) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(values.x), "f"(values.y),
+               "f"(values.z), "f"(values.w)
+               : "memory");
+}
+
 // Adds `bytes` bytes of floats in shared memory (address `from`) to memory. Of the current bulk group.
 FA_DEVICE void bulk_reduce_add(float* to, uint32_t from, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
@@ -62,6 +77,42 @@ FA_DEVICE int load_acquire(const int32_t* address) {
 FA_DEVICE void increment_release(int32_t* address) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
 }
+
+// -- between the CTAs of a cluster: rank `rank` has the same layout of shared memory
+// ------------------------------------
+
+FA_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+
+// Waits for all threads of the cluster that have not exited, and makes what they wrote visible.
+FA_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// `address`, of this CTA's shared memory, in rank `rank`.
+FA_DEVICE uint32_t address_in(int rank, uint32_t address) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+FA_DEVICE void store_in(int rank, uint32_t address, int value) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address_in(rank, address)), "r"(value) : "memory");
+}
+
+// Copies shared memory from `from` to `to` of rank `rank`, and completes the bytes at its mbarrier `barrier`.
+FA_DEVICE void bulk_copy_to(int rank, uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   address_in(rank, to)),
+               "r"(from), "r"(bytes), "r"(address_in(rank, barrier))
+               : "memory");
+}
+
+// -- scheduling
+// ---------------------------------------------------------------------------------------------------------
 
 // What follows in program order is issued only when `sum`, which is never negative, is known. The compiler moves waits
 // for products up, above arithmetic that does not depend on them, so that it would no longer run beside the products;
