@@ -40,6 +40,8 @@ def load(path: Path | None = None, *, varlen: bool = False, ordered: bool = Fals
         "head_dim_v": 128,
         "block_m": BLOCK_M,
         "block_n": BLOCK_N,
+        "cluster_size": 1,
+        "num_dq_parts": 2,
         "qk_box_columns": 32,
         "vo_box_columns": 64,
         "key_gradient_rows": 64,

@@ -98,7 +98,8 @@ Grids grids(const BackwardParams& params, const BackwardKernels& kernels) {
   int64_t query_blocks = int64_t{params.num_m_blocks} * params.heads_q * params.batch;
   int64_t key_blocks = (params.seqlen_k + kernels.block_n - 1) / kernels.block_n * params.heads_kv * params.batch;
   int64_t clearing = kernels.varlen ? int64_t{params.batch} * kUnusedRowCtas : 0;
-  return {checked_ctas("blocks of query rows", query_blocks + clearing), checked_ctas("blocks of keys", key_blocks),
+  return {checked_ctas("blocks of query rows", query_blocks + clearing),
+          checked_ctas("blocks of keys", key_blocks * kernels.cluster_size),
           checked_ctas("blocks of query rows", query_blocks)};
 }
 

@@ -40,7 +40,8 @@ struct BackwardKernels {
   int64_t head_dim_v;  // of the tiles
   int64_t block_m;
   int64_t block_n;
-  int64_t num_dq_parts;  // of a block of dq, one for each consumer warpgroup
+  int64_t cluster_size;  // CTAs of the main kernel that share block_n keys
+  int64_t num_dq_parts;  // of a block of dq, one for each consumer warpgroup of these
   bool varlen;
   bool ordered;
   TensorMapBox q_box;     // of q

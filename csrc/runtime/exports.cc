@@ -75,24 +75,29 @@ Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seql
 // The kernels' names are the symbol, and the symbol with _preprocess and _postprocess behind it.
 int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t preprocess_threads,
                       int64_t postprocess_threads, int64_t head_dim, int64_t head_dim_v, int64_t block_m,
-                      int64_t block_n, int64_t qk_box_columns, int64_t vo_box_columns, int64_t key_gradient_rows,
-                      bool varlen, bool ordered) {
+                      int64_t block_n, int64_t cluster_size, int64_t num_dq_parts, int64_t qk_box_columns,
+                      int64_t vo_box_columns, int64_t key_gradient_rows, bool varlen, bool ordered) {
   checked_int32("head_dim", head_dim, 1);
   checked_int32("head_dim_v", head_dim_v, 1);
   TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "block_m", block_m);
   TensorMapBox dout_box = make_box("vo_box_columns", vo_box_columns, "block_m", block_m);
-  TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "block_n", block_n);
-  TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "block_n", block_n);
+  checked_int32("cluster_size", cluster_size, 1);
+  checked_int32("num_dq_parts", num_dq_parts, 1);
+  int64_t tile_keys = block_n / cluster_size;
+  TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "block_n", tile_keys);
+  TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "block_n", tile_keys);
   TensorMapBox dk_box = make_box("qk_box_columns", qk_box_columns, "key_gradient_rows", key_gradient_rows);
   TensorMapBox dv_box = make_box("vo_box_columns", vo_box_columns, "key_gradient_rows", key_gradient_rows);
   CUlibrary library = load_library(symbol, cubin.data());
-  auto kernel = [&](const char* suffix, int64_t threads, int64_t smem) {
-    return Kernel(make_traits(std::string(symbol) + suffix, threads, smem, sizeof(BackwardParams)), library);
+  auto kernel = [&](const char* suffix, int64_t threads, int64_t smem, int64_t ctas = 1) {
+    KernelTraits traits = make_traits(std::string(symbol) + suffix, threads, smem, sizeof(BackwardParams));
+    traits.cluster_size = static_cast<uint32_t>(ctas);
+    return Kernel(std::move(traits), library);
   };
   return Registry<BackwardKernels>::instance().add(std::unique_ptr<const BackwardKernels>(new BackwardKernels{
-      kernel("_preprocess", preprocess_threads, 0), kernel("", num_threads, smem_bytes),
-      kernel("_postprocess", postprocess_threads, 0), head_dim, head_dim_v, block_m, block_n,
-      block_n / key_gradient_rows, varlen, ordered, q_box, dout_box, k_box, v_box, dk_box, dv_box}));
+      kernel("_preprocess", preprocess_threads, 0), kernel("", num_threads, smem_bytes, cluster_size),
+      kernel("_postprocess", postprocess_threads, 0), head_dim, head_dim_v, block_m, block_n, cluster_size,
+      num_dq_parts, varlen, ordered, q_box, dout_box, k_box, v_box, dk_box, dv_box}));
 }
 
 // As forward_launcher.

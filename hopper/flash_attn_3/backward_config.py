@@ -22,7 +22,12 @@ from .config import (
     head_dims_slug,
 )
 
+#: Tile widths of the backward pass, of q and k as of v; a head dim runs in the smallest that holds it.
+HEAD_DIM_TILES = (64, 128, 192, 256)
 _FP32_BYTES = 4
+_SMEM_ALIGNMENT = 1024
+#: Columns of dq that a warpgroup with all columns of dk and dv makes at once.
+_MAX_DQ_SLICE_COLUMNS = 64
 
 
 class Accumulation(KernelEnum):
@@ -36,13 +41,34 @@ class Accumulation(KernelEnum):
     ORDERED = "kOrdered"
 
 
+class WarpgroupSplit(KernelEnum):
+    """How the two consumer warpgroups share a tile.
+
+    KEYS: 64 keys each, with all columns of their dk and dv. COLUMNS: the same 64 keys, with half of the columns each,
+    for head dims whose gradients do not fit into the registers of one warpgroup; with a ``block_n`` of 128 a cluster of
+    two CTAs has 64 keys each.
+    """
+
+    KEYS = "kKeys"
+    COLUMNS = "kColumns"
+
+
+def max_columns_by_keys(score: Score) -> int:
+    """Columns of dk and dv together that one warpgroup's registers hold beside a step's products of 64 queries.
+
+    More of them fit beside one product than beside both; but a softcap needs both at once.
+    """
+    return 256 if score is Score.SOFTCAP else 320
+
+
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig(KernelConfig):
     """The kernels of one backward pass: before, in and after its main loop.
 
-    Shapes: a CTA of the main kernel holds ``block_n`` keys with their values (64 per consumer warpgroup) and streams
-    the query blocks of ``block_m`` rows that see them through ``num_stages`` shared-memory stages. ``head_dim`` and
-    ``head_dim_v`` are tile widths, as in `config.ForwardConfig`.
+    Shapes: a CTA of the main kernel, or a cluster of them, holds ``block_n`` keys with their values, shared by its
+    consumer warpgroups as ``split`` says, and streams the query blocks of ``block_m`` rows that see them through
+    ``num_stages`` shared-memory stages of q and ``num_dout_stages`` of dout. ``head_dim`` and ``head_dim_v`` are tile
+    widths, as in `config.ForwardConfig`.
     """
 
     FAMILY = "bwd"
@@ -54,15 +80,27 @@ class BackwardConfig(KernelConfig):
     seq_layout: SeqLayout
     score: Score
     accumulation: Accumulation
+    split: WarpgroupSplit
     block_m: int
     block_n: int
     num_stages: int = 2
+    num_dout_stages: int = 2
 
     # -- derived; the C++ twins are in csrc/kernels/bwd/smem.cuh ---------------------------------------
 
     @property
     def num_consumer_warpgroups(self) -> int:
-        return self.block_n // WARPGROUP_ROWS
+        return 2 if self.split is WarpgroupSplit.COLUMNS else self.block_n // WARPGROUP_ROWS
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs that share a tile."""
+        return self.block_n // WARPGROUP_ROWS if self.split is WarpgroupSplit.COLUMNS else 1
+
+    @property
+    def tile_keys(self) -> int:
+        """Keys of the tile that one CTA has."""
+        return self.block_n // self.cluster_size
 
     @property
     def num_threads(self) -> int:
@@ -78,28 +116,73 @@ class BackwardConfig(KernelConfig):
         return CONSUMER_REGISTERS[self.num_consumer_warpgroups]
 
     @property
+    def dk_columns(self) -> int:
+        """Columns of dk that one warpgroup has."""
+        return self.head_dim // 2 if self.split is WarpgroupSplit.COLUMNS else self.head_dim
+
+    @property
+    def dv_columns(self) -> int:
+        """Columns of dv that one warpgroup has."""
+        return self.head_dim_v // 2 if self.split is WarpgroupSplit.COLUMNS else self.head_dim_v
+
+    @property
+    def scores_together(self) -> int:
+        """1 where the accumulators leave a warpgroup registers for S, dP and dS at once, else 0."""
+        return int(self.dk_columns + self.dv_columns <= 256)
+
+    @property
+    def num_dq_parts(self) -> int:
+        """Parts of a block of dq that are made and added by one warpgroup each."""
+        return self.num_consumer_warpgroups * self.cluster_size
+
+    @property
     def dq_columns(self) -> int:
         """Columns of a block of dq that one warpgroup makes: all, of its share of the rows, or its share, of all."""
-        return self.head_dim if self.block_m > WARPGROUP_ROWS else self.head_dim // self.num_consumer_warpgroups
+        return self.head_dim if self.block_m > WARPGROUP_ROWS else self.head_dim // self.num_dq_parts
+
+    @property
+    def dq_slice_columns(self) -> int:
+        """Columns of its part of dq that a warpgroup makes at once."""
+        if self.split is WarpgroupSplit.COLUMNS:
+            return self.dq_columns
+        return min(self.dq_columns, _MAX_DQ_SLICE_COLUMNS)
+
+    @property
+    def dq_rest_columns(self) -> int:
+        """Columns of the second slice, if there is one."""
+        return self.dq_columns - self.dq_slice_columns
+
+    @property
+    def dq_staged_bytes(self) -> int:
+        """Shared memory that dq passes through; none where it goes to memory from registers."""
+        if self.split is WarpgroupSplit.COLUMNS:
+            return 0
+        return self.num_consumer_warpgroups * WARPGROUP_ROWS * self.dq_slice_columns * _FP32_BYTES
 
     @property
     def swizzle_bytes(self) -> int:
-        """Width of one shared-memory column chunk of q and k; a warpgroup's columns of dq are whole chunks of k."""
+        """Width of one shared-memory column chunk of q and k; a warpgroup's columns of dk and dq are whole chunks."""
         return column_chunk_bytes(self.dq_columns, self.dtype)
 
     @property
     def swizzle_bytes_v(self) -> int:
         """The same for v and dout."""
-        return column_chunk_bytes(self.head_dim_v, self.dtype)
+        return column_chunk_bytes(self.dv_columns, self.dtype)
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of the main kernel's CTA: k, v, q and dout stages, two dS, dq, statistics, control."""
-        elements = self.block_n * (self.head_dim + self.head_dim_v)
-        elements += self.num_stages * self.block_m * (self.head_dim + self.head_dim_v)
-        elements += 2 * self.block_m * self.block_n
-        floats = self.block_m * self.head_dim + 2 * self.num_stages * self.block_m
-        return elements * self.dtype.num_bytes + floats * _FP32_BYTES + CONTROL_SMEM_BYTES
+        """Dynamic shared memory of the main kernel's CTA.
+
+        k and v, q and dout stages, what warpgroups and CTAs exchange, dq, statistics, control.
+        """
+        keys, size = self.tile_keys, self.cluster_size
+        elements = keys * (self.head_dim + self.head_dim_v)
+        elements += self.block_m * (self.num_stages * self.head_dim + self.num_dout_stages * self.head_dim_v)
+        elements += (1 + size * size) * keys * self.block_m  # two dS, or P and dS, or P and two dS of each CTA
+        elements += keys * self.head_dim // 2 * (size - 1)  # columns of the other CTA's keys
+        rest = (self.num_stages + self.num_dout_stages) * self.block_m * _FP32_BYTES + CONTROL_SMEM_BYTES
+        whole_rest = -(-rest // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT
+        return elements * self.dtype.num_bytes + self.dq_staged_bytes + whole_rest
 
     # -- the kernels before and after the main one -----------------------------------------------------
 
@@ -109,8 +192,8 @@ class BackwardConfig(KernelConfig):
 
     @property
     def postprocess_threads(self) -> int:
-        """As many as the main kernel has consumers."""
-        return WARPGROUP_THREADS * self.num_consumer_warpgroups
+        """A warpgroup for each part of a block of dq."""
+        return WARPGROUP_THREADS * self.num_dq_parts
 
     @property
     def preprocess_symbol(self) -> str:
@@ -131,23 +214,43 @@ class BackwardConfig(KernelConfig):
             self.seq_layout.slug,
             self.score.slug,
             self.accumulation.slug,
-            f"m{self.block_m}n{self.block_n}s{self.num_stages}",
+            self.split.slug,
+            f"m{self.block_m}n{self.block_n}s{self.num_stages}d{self.num_dout_stages}",
         ]
         return "_".join(parts)
 
     def validate(self) -> None:
         """Raise `ConfigError` naming the field, its value and the rule, if these kernels cannot be built."""
+        columns = self.head_dim + self.head_dim_v
+        by_keys = self.split is WarpgroupSplit.KEYS
+        softcap = self.score is Score.SOFTCAP
         rules = [
-            (self.head_dim in (64, 128), "head_dim", "64 or 128"),
-            (self.head_dim_v in (64, 128), "head_dim_v", "64 or 128"),
-            (self.block_m in (64, 128), "block_m", "64 or 128"),
-            (self.block_n == 128, "block_n", "128 (two consumer warpgroups)"),
+            (self.head_dim in HEAD_DIM_TILES, "head_dim", f"one of {HEAD_DIM_TILES}"),
+            (self.head_dim_v in HEAD_DIM_TILES, "head_dim_v", f"one of {HEAD_DIM_TILES}"),
             (
-                self.block_m == 64 or self.score is Score.SCALED,
+                not by_keys or columns <= max_columns_by_keys(self.score),
+                "split",
+                "COLUMNS for head dims of more columns than the registers of one warpgroup hold",
+            ),
+            (self.block_m in (64, 128), "block_m", "64 or 128"),
+            (
+                self.block_m == 64 or (by_keys and columns <= 128),
+                "block_m",
+                "64 for more columns than the registers hold beside 128 queries",
+            ),
+            (self.block_n == 128 or (self.block_n == 64 and not by_keys), "block_n", "128, or 64 with COLUMNS"),
+            (
+                by_keys or self.dq_columns % 32 == 0,
+                "block_n",
+                "such that each warpgroup makes whole chunks of 32 columns of dq",
+            ),
+            (
+                self.block_m == 64 or not softcap,
                 "block_m",
                 "64 with a softcap: its slope takes the registers of the other rows",
             ),
             (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),
+            (1 <= self.num_dout_stages <= 8, "num_dout_stages", "in [1, 8]"),
         ]
         self.check_rules(rules)
         if self.smem_bytes > MAX_SMEM_BYTES:

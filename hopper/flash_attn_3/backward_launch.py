@@ -11,23 +11,11 @@ import torch
 
 from . import validation
 from .backward_config import Accumulation
-from .backward_plan import (
-    MAX_BACKWARD_HEAD_DIM,
-    MAX_KERNEL_HEAD_DIM,
-    BackwardPlan,
-    BackwardProblem,
-    plan_backward,
-)
+from .backward_plan import BackwardPlan, BackwardProblem, plan_backward
 from .backward_validation import check_backward
 from .launch import device_sms, forward_problem
 from .problem import ScoreScales
 from .signature import BackwardSignature, TensorSpec
-
-NO_CUDA_BACKWARD = (
-    "the backward pass of flash_attn_3 is not available on CUDA devices yet for head_dim={} with head_dim_v={}: there "
-    f"it has head dims up to {MAX_KERNEL_HEAD_DIM} only. Call the function under torch.no_grad(), or detach q, k and "
-    f"v. CPU tensors have gradients for head dims up to {MAX_BACKWARD_HEAD_DIM}"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +93,10 @@ def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
 
 
 def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: BackwardPlan) -> Callable[..., None]:
-    """A plan's kernels on a Hopper GPU, with their scratch.
-
-    Raises:
-        NotImplementedError: there are none for these head dims.
-    """
+    """A plan's kernels on a Hopper GPU, with their scratch."""
     from . import compiler, runtime
 
     forward, spec = problem.forward, call.forward
-    if not plan.has_kernels:
-        raise NotImplementedError(NO_CUDA_BACKWARD.format(forward.head_dim, forward.head_dim_v))
     scales = ScoreScales.of(spec.scale, float(spec.softcap))
     launch = runtime.backward_launcher(
         runtime.load_backward_kernels(compiler.get_kernel(plan.config)),

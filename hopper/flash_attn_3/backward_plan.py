@@ -8,38 +8,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .backward_config import Accumulation, BackwardConfig
+from .backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, WarpgroupSplit, max_columns_by_keys
 from .config import Score
 from .heuristics import MAX_TILES
 from .problem import ForwardProblem
 
-#: Tile widths; a head dim, of q and k as of v, runs in the smallest that holds it.
-BACKWARD_HEAD_DIM_TILES = (64, 128, 192, 256)
 #: Widest head dim that can be differentiated.
-MAX_BACKWARD_HEAD_DIM = BACKWARD_HEAD_DIM_TILES[-1]
-#: Widest tile that kernels exist for; the CPU model has the others, too.
-MAX_KERNEL_HEAD_DIM = 128
+MAX_BACKWARD_HEAD_DIM = HEAD_DIM_TILES[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTile:
-    """Query rows and keys of one step of the main loop."""
+    """Query rows and keys of one step of the main loop, and how warpgroups share it."""
 
+    split: WarpgroupSplit
     block_m: int
     block_n: int
-
-
-#: The wider one of the two head dim tiles, and the score -> the tile that serves them.
-BACKWARD_TILES = {
-    (64, Score.SCALED): BackwardTile(block_m=128, block_n=128),
-    (64, Score.SOFTCAP): BackwardTile(block_m=64, block_n=128),
-    (128, Score.SCALED): BackwardTile(block_m=64, block_n=128),
-    (128, Score.SOFTCAP): BackwardTile(block_m=64, block_n=128),
-    (192, Score.SCALED): BackwardTile(block_m=64, block_n=96),
-    (192, Score.SOFTCAP): BackwardTile(block_m=64, block_n=96),
-    (256, Score.SCALED): BackwardTile(block_m=64, block_n=80),
-    (256, Score.SOFTCAP): BackwardTile(block_m=64, block_n=80),
-}
+    num_dout_stages: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +47,6 @@ class BackwardPlan:
     config: BackwardConfig
     num_tiles: int
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether kernels exist for these head dims; otherwise the configuration is the CPU model's alone."""
-        return max(self.config.head_dim, self.config.head_dim_v) <= MAX_KERNEL_HEAD_DIM
-
     def dq_scratch_floats(self, rows: int) -> int:
         """fp32 elements of scratch that the kernels need for dq.
 
@@ -74,7 +54,7 @@ class BackwardPlan:
             rows: rows of statistics, of all heads and sequences together.
         """
         config = self.config
-        turns = rows // config.block_m * config.num_consumer_warpgroups
+        turns = rows // config.block_m * config.num_dq_parts
         return rows * config.head_dim + (turns if config.accumulation is Accumulation.ORDERED else 0)
 
 
@@ -92,8 +72,7 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
         seq_layout=forward.seq_layout,
         score=forward.score,
         accumulation=problem.accumulation,
-        block_m=tile.block_m,
-        block_n=tile.block_n,
+        **dataclasses.asdict(tile),
     )
     num_tiles = _checked_tiles(forward, "max_seqlen_k", config.block_n, "keys")
     _checked_tiles(forward, "max_seqlen_q", config.block_m, "query rows")
@@ -105,13 +84,20 @@ def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     if max(head_dim, head_dim_v) > MAX_BACKWARD_HEAD_DIM:
         limit = f"the backward pass has at most {MAX_BACKWARD_HEAD_DIM}"
         raise ValueError(f"head_dim={head_dim} with head_dim_v={head_dim_v} is not supported; {limit}")
-    tile, tile_v = (next(t for t in BACKWARD_HEAD_DIM_TILES if x <= t) for x in (head_dim, head_dim_v))
+    tile, tile_v = (next(t for t in HEAD_DIM_TILES if x <= t) for x in (head_dim, head_dim_v))
     return tile, tile_v
 
 
 def backward_tile(head_dim: int, head_dim_v: int, score: Score) -> BackwardTile:
     """The tile for the caller's head dims. Raises ValueError where there is none."""
-    return BACKWARD_TILES[max(backward_head_dim_tiles(head_dim, head_dim_v)), score]
+    tiles = backward_head_dim_tiles(head_dim, head_dim_v)
+    if max(tiles) == 64 and score is Score.SCALED:
+        return BackwardTile(WarpgroupSplit.KEYS, block_m=128, block_n=128)
+    if sum(tiles) <= max_columns_by_keys(score):
+        return BackwardTile(WarpgroupSplit.KEYS, block_m=64, block_n=128)
+    if tiles[0] % 128 == 0:
+        return BackwardTile(WarpgroupSplit.COLUMNS, block_m=64, block_n=128, num_dout_stages=1)
+    return BackwardTile(WarpgroupSplit.COLUMNS, block_m=64, block_n=64)
 
 
 def _checked_tiles(problem: ForwardProblem, name: str, rows: int, what: str) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from .backward_config import BackwardConfig
+from .backward_config import BackwardConfig, WarpgroupSplit
 from .config import PROMOTION_KEYS, Dtype, ForwardConfig, KernelConfig, KernelEnum
 
 #: Columns (N) of the wgmma shapes that CUTLASS declares without its extended header, which is slow to parse.
@@ -32,11 +32,18 @@ _FORWARD_DERIVED = (
 #: BackwardConfig properties with a twin in ``fa::BackwardShape<Traits>``.
 _BACKWARD_DERIVED = (
     "num_consumer_warpgroups",
+    "cluster_size",
+    "tile_keys",
     "num_threads",
     "smem_bytes",
     "producer_registers",
     "consumer_registers",
+    "dk_columns",
+    "dv_columns",
+    "num_dq_parts",
+    "scores_together",
     "dq_columns",
+    "dq_slice_columns",
     "swizzle_bytes",
     "swizzle_bytes_v",
 )
@@ -75,7 +82,7 @@ def _render_forward(config: ForwardConfig) -> str:
 def _render_backward(config: BackwardConfig) -> str:
     sections = [
         _header(config),
-        _extended_mma_define(config.block_m, config.head_dim, config.head_dim_v, config.dq_columns)
+        _extended_mma_define(config.block_m, config.dk_columns, config.dv_columns, config.dq_slice_columns)
         + "\n".join(f'#include "bwd/{kernel}.cuh"' for kernel in ("kernel", "postprocess", "preprocess")),
         "namespace {",
         _traits(config, _backward_mma_atoms(config)),
@@ -146,13 +153,18 @@ def _forward_mma_atoms(config: ForwardConfig) -> list[str]:
 
 
 def _backward_mma_atoms(config: BackwardConfig) -> list[str]:
-    """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, first operands in registers; dQ = dS K."""
-    return [
+    """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dS^T Q, first operands in registers where the warpgroup has
+    made them itself and has room for them; dQ = dS K, in slices."""
+    weights = "RS" if config.split is WarpgroupSplit.KEYS else "SS"
+    atoms = [
         _mma_atom("ScoresMma", config.dtype, config.block_m, "SS", "K", "K"),
-        _mma_atom("DvMma", config.dtype, config.head_dim_v, "RS", "K", "MN"),
-        _mma_atom("DkMma", config.dtype, config.head_dim, "RS", "K", "MN"),
-        _mma_atom("DqMma", config.dtype, config.dq_columns, "SS", "MN", "MN"),
+        _mma_atom("DvMma", config.dtype, config.dv_columns, weights, "K", "MN"),
+        _mma_atom("DkMma", config.dtype, config.dk_columns, "SS" if not config.scores_together else weights, "K", "MN"),
+        _mma_atom("DqMma", config.dtype, config.dq_slice_columns, "SS", "MN", "MN"),
     ]
+    if config.dq_rest_columns > 0:
+        atoms.append(_mma_atom("DqRestMma", config.dtype, config.dq_rest_columns, "SS", "MN", "MN"))
+    return atoms
 
 
 def _mma_atom(name: str, dtype: Dtype, columns: int, operands: str, major_a: str, major_b: str) -> str:

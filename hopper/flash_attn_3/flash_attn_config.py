@@ -10,7 +10,7 @@ import pprint
 
 CONFIG: dict[str, dict[str, bool]] = {
     "build_flags": {
-        "FLASHATTENTION_DISABLE_BACKWARD": True,
+        "FLASHATTENTION_DISABLE_BACKWARD": False,
         "FLASHATTENTION_DISABLE_SPLIT": True,
         "FLASHATTENTION_DISABLE_PAGEDKV": True,
         "FLASHATTENTION_DISABLE_APPENDKV": True,

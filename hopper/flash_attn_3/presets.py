@@ -48,8 +48,7 @@ def _all_configs() -> tuple[KernelConfig, ...]:
     backward = (
         _backward_config(*dims, *kind) for dims, *kind in itertools.product(backward_pairs, *kinds, Accumulation)
     )
-    found = itertools.chain(*forward, backward)
-    return tuple(config for config in dict.fromkeys(found) if config is not None)
+    return tuple(dict.fromkeys(itertools.chain(*forward, backward)))
 
 
 def all_configs() -> list[KernelConfig]:
@@ -123,11 +122,10 @@ def _backward_config(
     layout: SeqLayout,
     score: Score,
     accumulation: Accumulation,
-) -> BackwardConfig | None:
-    """What the planner of the backward pass answers; None where it knows no kernel."""
+) -> BackwardConfig:
+    """What the planner of the backward pass answers."""
     problem = _problem(head_dim, head_dim_v, dtype, mask, layout, score)
-    plan = plan_backward(BackwardProblem(problem, accumulation))
-    return plan.config if plan.has_kernels else None
+    return plan_backward(BackwardProblem(problem, accumulation)).config
 
 
 def _problem(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
 BUILD_COMMAND = "python -m flash_attn_3.runtime_build"
 
-#: CTAs of one cluster. The forward kernels use none.
+#: CTAs of one cluster of a forward kernel: they use none.
 _CLUSTER_SIZE = 1
 #: Whether a kernel may start before the one ahead of it in the stream has ended; it must then wait by itself.
 _PROGRAMMATIC_LAUNCH = False
@@ -112,6 +112,8 @@ def load_backward_kernels(kernels: CompiledKernel) -> int:
         config.head_dim_v,
         config.block_m,
         config.block_n,
+        config.cluster_size,
+        config.num_dq_parts,
         config.swizzle_bytes // config.dtype.num_bytes,
         config.swizzle_bytes_v // config.dtype.num_bytes,
         WARPGROUP_ROWS,

@@ -8,23 +8,21 @@ namespace fa {
 template <class Traits>
 class KeyGradientEpilogue {
  public:
-  FA_DEVICE KeyGradientEpilogue(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile,
-                                int warpgroup)
-      : params_(params), smem_(smem), tile_(tile), warpgroup_(warpgroup) {}
+  FA_DEVICE KeyGradientEpilogue(const BackwardParams& params, BackwardSmem<Traits>& smem, int warpgroup)
+      : params_(params), smem_(smem), tile_(smem.control.tile), warpgroup_(warpgroup) {}
 
   FA_DEVICE void store(KeyTileMma<Traits>& mma) {
     const float scale[kRowsPerThread] = {params_.softmax_scale, params_.softmax_scale};
     scale_rows(mma.dk, scale);
-    // dv goes where only this warpgroup read v. Of k, all warpgroups read all rows, for dq.
+    // Other warpgroups' products may have read what this one's gradients take the place of.
+    meet_consumers<Traits>();
     stage<Shape::kSwizzleBytesV>(smem_.v, mma.dv);
-    cutlass::arch::NamedBarrier::sync(Shape::kNumConsumerWarpgroups * kWarpgroupThreads, uint32_t(kTurnBarrier));
     stage<Shape::kSwizzleBytes>(smem_.k, mma.dk);
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup(warpgroup_);
-    const int first_key = tile_.n_block * Traits::kBlockN + warpgroup_ * kWarpgroupRows;
-    if (threadIdx.x % kWarpgroupThreads == 0 && first_key < tile_.k.length) {
-      send<Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dv, params_.head_dim_v, smem_.v, first_key);
-      send<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.dk, params_.head_dim, smem_.k, first_key);
+    if (threadIdx.x % kWarpgroupThreads == 0 && first_key() < tile_.k.length) {
+      send<Shape::kDvColumns, Shape::kSwizzleBytesV>(params_.dv, params_.head_dim_v, smem_.v);
+      send<Shape::kDkColumns, Shape::kSwizzleBytes>(params_.dk, params_.head_dim, smem_.k);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
     }
@@ -33,24 +31,33 @@ class KeyGradientEpilogue {
  private:
   using Shape = BackwardShape<Traits>;
 
+  // What the warpgroup has of the tile: some of its rows, or some of its columns.
+  FA_DEVICE int first_row() const { return Shape::kSplitsColumns ? 0 : warpgroup_ * kWarpgroupRows; }
+  FA_DEVICE int first_column(int columns) const { return Shape::kSplitsColumns ? warpgroup_ * columns : 0; }
+  FA_DEVICE int first_key() const { return fa::first_key<Traits>(tile_, tile_rank<Traits>()) + first_row(); }
+
   template <int kSwizzleBytes, int kSize>
   FA_DEVICE void stage(uint8_t* tile, const float (&gradient)[kSize]) {
     uint32_t packed[kSize / 2];
     pack_fragment<Traits::kDtype>(packed, gradient);
-    stage_fragment<Traits::kBlockN, kSwizzleBytes>(cute::cast_smem_ptr_to_uint(tile), warpgroup_ * kWarpgroupRows,
-                                                   packed);
+    const int columns_begin = first_column(2 * kSize) * Shape::kTileKeys * Shape::kElementBytes;
+    stage_fragment<Shape::kTileKeys, kSwizzleBytes>(cute::cast_smem_ptr_to_uint(tile) + columns_begin, first_row(),
+                                                    packed);
   }
 
+  // `columns`: of all that the tensor has.
   template <int kColumns, int kSwizzleBytes>
-  FA_DEVICE void send(const CUtensorMap& map, int columns, const uint8_t* tile, int first_key) const {
+  FA_DEVICE void send(const CUtensorMap& map, int columns, const uint8_t* tile) const {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
-    const uint8_t* rows = tile + warpgroup_ * kWarpgroupRows * kSwizzleBytes;
+    const Sequence& k = tile_.k;
+    const int begin = first_column(kColumns);
+    const uint8_t* from = tile + begin * Shape::kTileKeys * Shape::kElementBytes + first_row() * kSwizzleBytes;
 #pragma unroll
     for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
-      if (chunk * kChunkColumns >= columns) break;
-      cute::SM90_TMA_STORE_5D::copy(&map, rows + chunk * Traits::kBlockN * kSwizzleBytes, chunk * kChunkColumns,
-                                    tile_.head_kv, tile_.k.map_row(params_.row_bound_k, first_key),
-                                    tile_.k.map_origin(), tile_.k.batch);
+      const int column = begin + chunk * kChunkColumns;
+      if (column >= columns) break;
+      cute::SM90_TMA_STORE_5D::copy(&map, from + chunk * Shape::kTileKeys * kSwizzleBytes, column, tile_.head_kv,
+                                    k.map_row(params_.row_bound_k, first_key()), k.map_origin(), k.batch);
     }
   }
 

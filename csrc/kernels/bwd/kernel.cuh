@@ -26,11 +26,37 @@ FA_DEVICE KeyTile key_tile(const BackwardParams& params, int index) {
 }
 
 template <class Traits>
-FA_DEVICE int tile_index(const BackwardParams& params, BackwardSmem<Traits>& smem) {
-  if constexpr (Traits::kAccumulation == Accumulation::kUnordered) return blockIdx.x;
-  if (threadIdx.x == 0) smem.control.tile = take_tile(params.tile_counter);
+FA_DEVICE void init_barriers(BackwardControl<Traits>& control) {
+  constexpr int kConsumers = BackwardShape<Traits>::kNumConsumerWarpgroups;
+  Barrier::init(&control.k_full, 1);
+  Barrier::init(&control.v_full, 1);
+  control.q.init(1, kConsumers);
+  control.dout.init(1, kConsumers);
+  control.other_ds.init(1, kConsumers);
+  for (int32_t*& turn : control.turn) turn = nullptr;
+  cutlass::arch::fence_barrier_init();
+}
+
+// The tile of a cluster's CTAs; with an order of additions the first one takes it for all.
+template <class Traits>
+FA_DEVICE void begin_tile(const BackwardParams& params, BackwardControl<Traits>& control) {
+  constexpr int kClusterSize = BackwardShape<Traits>::kClusterSize;
+  const bool first_thread = threadIdx.x == 0;
+  int index = blockIdx.x / kClusterSize;
+  if (first_thread) init_barriers(control);
+  if constexpr (Traits::kAccumulation == Accumulation::kOrdered) {
+    if (first_thread && tile_rank<Traits>() == 0) {
+      index = take_tile(params.tile_counter, gridDim.x / kClusterSize);
+      control.tile_index = index;
+      if constexpr (kClusterSize > 1) store_in(1, cute::cast_smem_ptr_to_uint(&control.tile_index), index);
+    }
+  }
+  if constexpr (kClusterSize > 1) sync_cluster();
+  if (first_thread) {
+    if constexpr (Traits::kAccumulation == Accumulation::kOrdered) index = control.tile_index;
+    control.tile = key_tile<Traits>(params, index);
+  }
   __syncthreads();
-  return smem.control.tile;
 }
 
 template <class Traits>
@@ -39,18 +65,10 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   BackwardSmem<Traits>& smem = *reinterpret_cast<BackwardSmem<Traits>*>(dynamic_shared_memory());
   static_assert(sizeof(BackwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
-  const KeyTile tile = key_tile<Traits>(params, tile_index<Traits>(params, smem));
+  begin_tile(params, smem.control);
+  // What the main loop needs in every step; what is needed but rarely is read again, since registers are scarce.
+  const KeyTile tile = smem.control.tile;
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
-  clear_missing_columns<Traits>(params, smem);
-  if (threadIdx.x == 0) {
-    Barrier::init(&smem.control.k_full, 1);
-    Barrier::init(&smem.control.v_full, 1);
-    smem.control.q.init(1, Shape::kNumConsumerWarpgroups);
-    smem.control.dout.init(1, Shape::kNumConsumerWarpgroups);
-    for (int32_t*& turn : smem.control.turn) turn = nullptr;
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
 
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
@@ -60,7 +78,9 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
     cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     KeyTileMma<Traits> mma(params, smem, tile, warpgroup - 1);
     mma.run();
-    KeyGradientEpilogue<Traits>(params, smem, tile, warpgroup - 1).store(mma);
+    KeyGradientEpilogue<Traits>(params, smem, warpgroup - 1).store(mma);
+    // Until then the other CTA may signal to this one.
+    if constexpr (Shape::kClusterSize > 1) sync_cluster();
   }
 }
 

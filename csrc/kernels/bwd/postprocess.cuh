@@ -1,6 +1,6 @@
 // After the main kernel: dq from the order of the accumulators into rows, scaled and rounded.
 //
-// One CTA for each block of query rows of one head and sequence, with as many threads as the main kernel has consumers.
+// One CTA for each block of query rows of one head and sequence, with a warpgroup for each part of it (add_dq.cuh).
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -12,7 +12,7 @@ template <class Traits>
 class Postprocess {
  public:
   using Shape = BackwardShape<Traits>;
-  static constexpr int kNumThreads = Shape::kNumConsumerWarpgroups * kWarpgroupThreads;
+  static constexpr int kNumThreads = Shape::kNumDqParts * kWarpgroupThreads;
 
   FA_DEVICE explicit Postprocess(const BackwardParams& params)
       : params_(params), block_(query_block<Traits>(params, blockIdx.x)) {}

@@ -35,15 +35,17 @@ class Preprocess {
  private:
   using Shape = BackwardShape<Traits>;
   static constexpr int kColumnsPerThread = 8;  // 16 bytes
-  static constexpr int kRowThreads = Traits::kHeadDimV / kColumnsPerThread;
+  // A power of two, of which some may have no columns.
+  static constexpr int kRowThreads = Traits::kHeadDimV <= 64 ? 8 : Traits::kHeadDimV <= 128 ? 16 : 32;
+  static_assert(kRowThreads * kColumnsPerThread >= Traits::kHeadDimV);
   static_assert(kWarpThreads % kRowThreads == 0 && Traits::kBlockM % (kNumThreads / kRowThreads) == 0);
 
   FA_DEVICE void clear_dq() const {
     float4* dq = reinterpret_cast<float4*>(params_.dq_blocks + block_.scratch_row * Traits::kHeadDim);
     for (int i = threadIdx.x; i < Shape::kDqFloats / 4; i += kNumThreads) dq[i] = {0.f, 0.f, 0.f, 0.f};
     if constexpr (Traits::kAccumulation == Accumulation::kOrdered) {
-      int32_t* turns = params_.dq_turns + block_.scratch_row / Traits::kBlockM * Shape::kNumConsumerWarpgroups;
-      if (threadIdx.x < Shape::kNumConsumerWarpgroups) turns[threadIdx.x] = 0;
+      int32_t* turns = params_.dq_turns + block_.scratch_row / Traits::kBlockM * Shape::kNumDqParts;
+      if (threadIdx.x < Shape::kNumDqParts) turns[threadIdx.x] = 0;
     }
   }
 

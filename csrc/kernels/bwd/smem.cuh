@@ -3,44 +3,80 @@
 
 #include "../core/block_range.h"
 #include "../core/pipeline.cuh"
+#include "../core/ptx.cuh"
 #include "../core/seqlen.h"
 #include "../core/traits.cuh"
 #include "params.h"
 
 namespace fa {
 
+// Wider products would leave no registers for the rest, wider slices no shared memory.
+constexpr int kMaxDqSliceColumns = 64;
+
+// The swizzle pattern is a function of the address.
+constexpr int kSmemAlignment = 1024;
+
 // Twins of the derived values are in hopper/flash_attn_3/backward_config.py.
 template <class Traits>
 struct BackwardShape {
   static constexpr int kElementBytes = 2;
-  static constexpr int kNumConsumerWarpgroups = Traits::kBlockN / kWarpgroupRows;
+  // Consumer warpgroups have 64 keys each with all columns of dk and dv, or share 64 keys and have half of the columns
+  // each (bwd/mma_keys.cuh, bwd/mma_columns.cuh).
+  static constexpr bool kSplitsColumns = Traits::kSplit == WarpgroupSplit::kColumns;
+  static constexpr int kNumConsumerWarpgroups = kSplitsColumns ? 2 : Traits::kBlockN / kWarpgroupRows;
+  // CTAs that work on one tile's keys, each on kTileKeys of them and on its part of dq's columns for all of them.
+  static constexpr int kClusterSize = kSplitsColumns ? Traits::kBlockN / kWarpgroupRows : 1;
+  static constexpr int kTileKeys = Traits::kBlockN / kClusterSize;
+  static_assert(kClusterSize <= 2);
   static constexpr int kNumThreads = kWarpgroupThreads * (kNumConsumerWarpgroups + 1);
   static constexpr int kProducerRegisters = register_split(kNumConsumerWarpgroups).producer;
   static constexpr int kConsumerRegisters = register_split(kNumConsumerWarpgroups).consumer;
   static_assert(fits_register_file(kNumConsumerWarpgroups));
+  static_assert(!kSplitsColumns || (kTileKeys == kWarpgroupRows && Traits::kBlockM == kWarpgroupRows));
+
+  // Columns of a warpgroup's accumulators.
+  static constexpr int kDkColumns = kSplitsColumns ? Traits::kHeadDim / 2 : Traits::kHeadDim;
+  static constexpr int kDvColumns = kSplitsColumns ? Traits::kHeadDimV / 2 : Traits::kHeadDimV;
+
+  // Whether the accumulators leave a warpgroup registers for S^T, dP^T and dS^T at once.
+  static constexpr bool kScoresTogether = kDkColumns + kDvColumns <= 256;
 
   // A block of dq, (block_m x head_dim) fp32, is made by all warpgroups: they share its rows, or where it has but one
   // warpgroup's, its columns.
   static constexpr bool kSplitsDqRows = Traits::kBlockM > kWarpgroupRows;
-  static constexpr int kDqColumns = kSplitsDqRows ? Traits::kHeadDim : Traits::kHeadDim / kNumConsumerWarpgroups;
-  static_assert(!kSplitsDqRows || Traits::kBlockM == kNumConsumerWarpgroups * kWarpgroupRows);
+  static constexpr int kNumDqParts = kNumConsumerWarpgroups * kClusterSize;
+  static constexpr int kDqColumns = kSplitsDqRows ? Traits::kHeadDim : Traits::kHeadDim / kNumDqParts;
+  static_assert(!kSplitsDqRows || Traits::kBlockM == kNumDqParts * kWarpgroupRows);
+  static constexpr int kDqPartFloats = kWarpgroupRows * kDqColumns;
   static constexpr int kDqFloats = Traits::kBlockM * Traits::kHeadDim;
-  static constexpr int kDqBytes = kDqFloats * 4;
+  static_assert(kDqFloats == kNumDqParts * kDqPartFloats);
+  // Columns of a part that are made at once.
+  static constexpr int kDqSliceColumns = kSplitsColumns ? kDqColumns : min_of(kDqColumns, kMaxDqSliceColumns);
+  // What goes through shared memory, of all warpgroups.
+  static constexpr int kDqStagedBytes =
+      kSplitsColumns ? 0 : kNumConsumerWarpgroups * kWarpgroupRows * kDqSliceColumns * 4;
 
-  // Of q and k: a warpgroup's columns of k, for dq, must be whole chunks.
+  // Of q and k: a warpgroup's columns of k, for dq, must be whole chunks; of all, a warpgroup's columns of dk and dv.
   static constexpr int kSwizzleBytes = swizzle_bytes(kDqColumns);
-  static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
+  static constexpr int kSwizzleBytesV = swizzle_bytes(kDvColumns);
   static constexpr int kSwizzleBytesDs = swizzle_bytes(Traits::kBlockM);
 
   static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;      // one stage
   static constexpr int kDoutBytes = Traits::kBlockM * Traits::kHeadDimV * kElementBytes;  // one stage
-  static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;
-  static constexpr int kVBytes = Traits::kBlockN * Traits::kHeadDimV * kElementBytes;
-  static constexpr int kDsBytes = Traits::kBlockN * Traits::kBlockM * kElementBytes;  // one stage
-  static constexpr int kStatisticsBytes = Traits::kBlockM * 4;                        // one stage of one kind
+  static constexpr int kKBytes = kTileKeys * Traits::kHeadDim * kElementBytes;
+  static constexpr int kVBytes = kTileKeys * Traits::kHeadDimV * kElementBytes;
+  static constexpr int kDsBytes = kTileKeys * Traits::kBlockM * kElementBytes;  // also of P
+  static constexpr int kStatisticsBytes = Traits::kBlockM * 4;                  // one stage of one kind
+  // The columns of the other CTA's keys that this one makes dq of.
+  static constexpr int kOtherKBytes = kClusterSize == 1 ? 0 : kKBytes / kClusterSize;
+  // P, or a second dS; and dS of each CTA, twice where there are two.
+  static constexpr int kExchangeBytes = (1 + kClusterSize * kClusterSize) * kDsBytes;
 
-  static constexpr int kSmemBytes = kKBytes + kVBytes + Traits::kNumStages * (kQBytes + kDoutBytes) + 2 * kDsBytes +
-                                    kDqBytes + Traits::kNumStages * 2 * kStatisticsBytes + kControlBytes;
+  static constexpr int kStatisticsStages = Traits::kNumStages + Traits::kNumDoutStages;
+  static constexpr int kSmemBytes =
+      kKBytes + kVBytes + Traits::kNumStages * kQBytes + Traits::kNumDoutStages * kDoutBytes + kExchangeBytes +
+      kOtherKBytes + kDqStagedBytes +
+      ceil_div(kStatisticsStages * kStatisticsBytes + kControlBytes, kSmemAlignment) * kSmemAlignment;
 };
 
 // A block of keys of one head and sequence, and the query blocks that see it.
@@ -57,25 +93,50 @@ struct KeyTile {
 template <class Traits>
 struct BackwardControl {
   uint64_t k_full, v_full;
-  Ring<Traits::kNumStages> q;     // with lse_log2
-  Ring<Traits::kNumStages> dout;  // with delta
-  // With Accumulation::kOrdered:
-  int tile;                                                      // the CTA's
-  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // bwd/turn.cuh
+  Ring<Traits::kNumStages> q;         // with lse_log2
+  Ring<Traits::kNumDoutStages> dout;  // with delta
+  Ring<2> other_ds;                   // the other CTA's dS; `empty`: that of this CTA at the other
+  KeyTile tile;
+  int tile_index;                                                // Accumulation::kOrdered: of a cluster
+  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // with Accumulation::kOrdered (bwd/turn.cuh)
+};
+
+// What consumer warpgroups pass on: two buffers of dS^T, kTileKeys rows x block_m queries, and dq on its way to memory.
+template <class Traits, WarpgroupSplit = Traits::kSplit, int = BackwardShape<Traits>::kClusterSize>
+struct WarpgroupExchange {
+  using Shape = BackwardShape<Traits>;
+
+  uint8_t ds[2][Shape::kDsBytes];
+  float dq[Shape::kNumConsumerWarpgroups][Shape::kDqStagedBytes / 4 / Shape::kNumConsumerWarpgroups];
+};
+
+// One buffer of P^T and one of dS^T, laid out alike.
+template <class Traits>
+struct WarpgroupExchange<Traits, WarpgroupSplit::kColumns, 1> {
+  uint8_t p[BackwardShape<Traits>::kDsBytes];
+  uint8_t ds[1][BackwardShape<Traits>::kDsBytes];
+};
+
+// With two CTAs: buffers of dS^T of either one, and what goes with the other's.
+template <class Traits>
+struct WarpgroupExchange<Traits, WarpgroupSplit::kColumns, 2> {
+  uint8_t other_k[BackwardShape<Traits>::kOtherKBytes];
+  uint8_t p[BackwardShape<Traits>::kDsBytes];
+  uint8_t ds[2][BackwardShape<Traits>::kDsBytes];
+  uint8_t other_ds[2][BackwardShape<Traits>::kDsBytes];
 };
 
 template <class Traits>
-struct alignas(1024) BackwardSmem {
+struct alignas(kSmemAlignment) BackwardSmem {
   using Shape = BackwardShape<Traits>;
 
   uint8_t k[Shape::kKBytes];  // at the end of the tile dk, on its way to memory
   uint8_t v[Shape::kVBytes];  // dv
   uint8_t q[Traits::kNumStages][Shape::kQBytes];
-  uint8_t dout[Traits::kNumStages][Shape::kDoutBytes];
-  uint8_t ds[2][Shape::kDsBytes];  // block_n rows of keys x block_m queries
-  float dq[Shape::kNumConsumerWarpgroups][Shape::kDqFloats / Shape::kNumConsumerWarpgroups];
+  uint8_t dout[Traits::kNumDoutStages][Shape::kDoutBytes];
+  WarpgroupExchange<Traits> exchange;
   float lse_log2[Traits::kNumStages][Traits::kBlockM];
-  float delta[Traits::kNumStages][Traits::kBlockM];
+  float delta[Traits::kNumDoutStages][Traits::kBlockM];
   union {
     BackwardControl<Traits> control;
     uint8_t control_bytes[kControlBytes];
@@ -83,6 +144,18 @@ struct alignas(1024) BackwardSmem {
 
   static_assert(sizeof(BackwardControl<Traits>) <= kControlBytes, "raise kControlBytes and its Python twin");
 };
+
+// The first key of one of a tile's CTAs.
+template <class Traits>
+FA_DEVICE int first_key(const KeyTile& tile, int rank) {
+  return tile.n_block * Traits::kBlockN + rank * BackwardShape<Traits>::kTileKeys;
+}
+
+// Of this CTA among those of a tile.
+template <class Traits>
+FA_DEVICE int tile_rank() {
+  return BackwardShape<Traits>::kClusterSize == 1 ? 0 : cluster_rank();
+}
 
 // Where a sequence's rows of head 0 begin in the scratch.
 template <class Traits>

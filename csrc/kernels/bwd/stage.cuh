@@ -5,21 +5,43 @@
 
 namespace fa {
 
-// A packed 64 x N fragment into rows [first_row, first_row + 64) of a tile of kRows rows of 16-bit columns, 16 columns
-// at a time: four 8x8 matrices, two down and two across. Lane l gives the address of row l % 8 of matrix l / 8.
-template <int kRows, int kSwizzleBytes, int kSize>
-FA_DEVICE void stage_fragment(uint32_t tile, int first_row, const uint32_t (&packed)[kSize]) {
+// Where the lane's row of four 8x8 matrices, two down and two across, lies in a tile of kRows rows of 16-bit columns:
+// lane l has row l % 8 of matrix l / 8. `column`: of the 16 that the matrices cover; the warpgroup covers rows
+// [first_row, first_row + 64).
+template <int kRows, int kSwizzleBytes>
+FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column) {
   constexpr int kChunkColumns = kSwizzleBytes / 2;
   const int lane = threadIdx.x % kWarpThreads;
   const int row = first_row + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
   const int unit_mask = kSwizzleBytes == 128 ? row % 8 : row / 2 % 4;
+  const int unit = column % kChunkColumns / 8 + lane / 16;
+  return tile + column / kChunkColumns * kRows * kSwizzleBytes + row * kSwizzleBytes + ((unit ^ unit_mask) << 4);
+}
+
+// Columns that four matrices cover.
+constexpr int kMatricesColumns = 16;
+
+// Columns [column, column + 16) of a packed fragment, four words, into a tile.
+template <int kRows, int kSwizzleBytes>
+FA_DEVICE void stage_matrices(uint32_t tile, int first_row, int column, const uint32_t* words) {
+  store_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row, column), words[0], words[1], words[2], words[3]);
+}
+
+// A packed 64 x N fragment into rows [first_row, first_row + 64) of a tile.
+template <int kRows, int kSwizzleBytes, int kSize>
+FA_DEVICE void stage_fragment(uint32_t tile, int first_row, const uint32_t (&packed)[kSize]) {
 #pragma unroll
-  for (int column = 0; column < kSize * 4; column += 16) {
-    const int unit = column % kChunkColumns / 8 + lane / 16;
-    const uint32_t address =
-        tile + column / kChunkColumns * kRows * kSwizzleBytes + row * kSwizzleBytes + ((unit ^ unit_mask) << 4);
-    const uint32_t* words = packed + column / 4;
-    store_matrices(address, words[0], words[1], words[2], words[3]);
+  for (int column = 0; column < kSize * 4; column += kMatricesColumns) {
+    stage_matrices<kRows, kSwizzleBytes>(tile, first_row, column, packed + column / 4);
+  }
+}
+
+// The other way round.
+template <int kRows, int kSwizzleBytes, int kSize>
+FA_DEVICE void load_fragment(uint32_t (&packed)[kSize], uint32_t tile, int first_row) {
+#pragma unroll
+  for (int column = 0; column < kSize * 4; column += kMatricesColumns) {
+    load_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row, column), packed + column / 4);
   }
 }
 

@@ -1,16 +1,16 @@
 // Whose turn it is to add to a block of dq, where the sums must always be made in the same order.
 #pragma once
 
-#include "../core/ptx.cuh"
 #include "smem.cuh"
 
 namespace fa {
 
-// Tile `index` of a launch in the order in which CTAs start: a CTA that waits for the tiles before its own waits for
-// CTAs that run or have ended, however many fit on the GPU at once. Nothing is promised of the order of blockIdx.
-FA_DEVICE int take_tile(TileCounter* counter) {
+// One of a launch's `num_tiles` tiles in the order in which CTAs start: a CTA that waits for the tiles before its own
+// waits for CTAs that run or have ended, however many fit on the GPU at once. Nothing is promised of the order of
+// blockIdx.
+FA_DEVICE int take_tile(TileCounter* counter, int num_tiles) {
   const int tile = atomicAdd(&counter->taken, 1);
-  if (tile + 1 == gridDim.x) counter->taken = 0;  // nobody takes another one
+  if (tile + 1 == num_tiles) counter->taken = 0;  // nobody takes another one
   return tile;
 }
 
@@ -29,14 +29,20 @@ class DqTurn {
     counter_ = counter;
   }
 
-  // After the addition was issued and committed; may be left out where there was none. Waits until it is done in memory
-  // rather than until the copy engine has read shared memory.
+  // After the addition is done in memory; may be left out where there was none.
   FA_DEVICE void pass_on() {
+    if (counter_ == nullptr) return;
+    increment_release(counter_);
+    counter_ = nullptr;
+  }
+
+  // The same for an addition by the copy engine, after it was issued and committed. Waits until it is done in memory
+  // rather than until the copy engine has read shared memory.
+  FA_DEVICE void pass_on_after_copies() {
     if (counter_ == nullptr) return;
     wait_bulk_groups_done();
     fence_proxies();
-    increment_release(counter_);
-    counter_ = nullptr;
+    pass_on();
   }
 
  private:
