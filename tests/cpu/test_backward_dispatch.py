@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cpu_calls import random_qkv
 from flash_attn_3 import backward_launch, compiler, dispatch, runtime
 from flash_attn_3.backward_config import Accumulation
+from flash_attn_3.backward_plan import backward_head_dim_tiles
 from flash_attn_3.config import Mask, Score, SeqLayout
 from flash_attn_3.errors import UnsupportedDeviceError
 from flash_attn_3.signature import BackwardSignature, ForwardOptions
@@ -80,14 +81,6 @@ def call(
     return {name: empty(*s, dtype=dtypes.get(name, dtype), device=device) for name, s in shapes.items()}
 
 
-@pytest.mark.parametrize("head_dims", [(192, 128), (136, 136), (256, 256), (64, 136)])
-def test_head_dims_without_kernels(head_dims, hopper):
-    d, dv = head_dims
-    text = rf"head_dim={d} with head_dim_v={dv}.*up to 128 only.*no_grad.*detach"
-    with pytest.raises(NotImplementedError, match=text):
-        dispatch.backward(**call(head_dims=head_dims))
-
-
 @pytest.fixture
 def launchers(hopper, monkeypatch) -> list[dict[str, Any]]:
     """The options of every launcher that is made; each notes its calls under "calls"."""
@@ -104,13 +97,22 @@ def launchers(hopper, monkeypatch) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.mark.parametrize("head_dims", [(192, 128), (136, 136), (256, 256), (64, 136)])
+def test_every_head_dim_has_kernels(head_dims, launchers):
+    dispatch.backward(**call(head_dims=head_dims))
+    (launcher,) = launchers
+    assert (launcher["handle"].head_dim, launcher["handle"].head_dim_v) == backward_head_dim_tiles(*head_dims)
+    (launched,) = launcher["calls"]
+    assert launched["dq_scratch"].numel() == 2 * 4 * 320 * launcher["handle"].head_dim
+
+
 def test_what_the_runtime_is_asked(launchers):
     options = ForwardOptions(window_size=(3, 5), attention_chunk=9, softcap=2.0, softmax_scale=0.5)
     tensors = call(head_dims=(64, 128))
     (dq, dk, dv), statistics = dispatch.backward(**tensors, options=options)
     (launcher,) = launchers
     (launched,) = launcher.pop("calls")
-    assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_m64n128s2"
+    assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_keys_m64n128s2d2"
     assert launcher.pop("exp2_scale") == pytest.approx(2.0 * math.log2(math.e))
     assert launcher == {
         "max_seqlen_q": 300,

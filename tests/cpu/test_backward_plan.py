@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 
-from flash_attn_3.backward_config import Accumulation, BackwardConfig
-from flash_attn_3.backward_plan import BackwardProblem, backward_tile, plan_backward
+from flash_attn_3.backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, WarpgroupSplit
+from flash_attn_3.backward_plan import BackwardProblem, BackwardTile, backward_tile, plan_backward
 from flash_attn_3.config import ConfigError, Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
+
+KEYS, COLUMNS = WarpgroupSplit.KEYS, WarpgroupSplit.COLUMNS
 
 FORWARD = ForwardProblem(
     dtype=Dtype.BF16,
@@ -42,38 +44,59 @@ def test_plan_of_a_problem():
         seq_layout=SeqLayout.DENSE,
         score=Score.SCALED,
         accumulation=Accumulation.UNORDERED,
+        split=WarpgroupSplit.KEYS,
         block_m=64,
         block_n=128,
     )
-    assert plan.config.name == "bwd_bf16_d128_causal_dense_scaled_unordered_m64n128s2"
+    assert plan.config.name == "bwd_bf16_d128_causal_dense_scaled_unordered_keys_m64n128s2d2"
 
 
 @pytest.mark.parametrize(
-    ("head_dims", "tiles", "blocks", "has_kernels"),
+    ("head_dims", "tiles", "tile"),
     [
-        ((8, 8), (64, 64), (128, 128), True),
-        ((64, 96), (64, 128), (64, 128), True),
-        ((128, 64), (128, 64), (64, 128), True),
-        ((72, 72), (128, 128), (64, 128), True),
-        ((40, 256), (64, 256), (64, 80), False),
-        ((192, 128), (192, 128), (64, 96), False),
-        ((136, 136), (192, 192), (64, 96), False),
-        ((256, 256), (256, 256), (64, 80), False),
+        ((8, 8), (64, 64), BackwardTile(KEYS, 128, 128)),
+        ((64, 96), (64, 128), BackwardTile(KEYS, 64, 128)),
+        ((128, 64), (128, 64), BackwardTile(KEYS, 64, 128)),
+        ((72, 72), (128, 128), BackwardTile(KEYS, 64, 128)),
+        ((40, 256), (64, 256), BackwardTile(KEYS, 64, 128)),
+        ((192, 128), (192, 128), BackwardTile(KEYS, 64, 128)),
+        ((136, 136), (192, 192), BackwardTile(COLUMNS, 64, 64)),
+        ((256, 256), (256, 256), BackwardTile(COLUMNS, 64, 128, num_dout_stages=1)),
     ],
 )
-def test_each_head_dim_runs_in_a_tile_of_its_own(head_dims, tiles, blocks, has_kernels):
-    """The wider of the two decides on the blocks."""
-    plan = plan_backward(problem(head_dim=head_dims[0], head_dim_v=head_dims[1]))
-    assert (plan.config.head_dim, plan.config.head_dim_v) == tiles
-    assert (plan.config.block_m, plan.config.block_n) == blocks
-    assert plan.has_kernels == has_kernels
-    assert dataclasses.astuple(backward_tile(*head_dims, Score.SCALED)) == blocks
+def test_each_head_dim_runs_in_a_tile_of_its_own(head_dims, tiles, tile):
+    """The columns of both together decide on the blocks."""
+    config = plan_backward(problem(head_dim=head_dims[0], head_dim_v=head_dims[1])).config
+    assert (config.head_dim, config.head_dim_v) == tiles
+    assert BackwardTile(config.split, config.block_m, config.block_n, config.num_dout_stages) == tile
+    assert backward_tile(*head_dims, Score.SCALED) == tile
+
+
+def test_two_ctas_share_the_keys_of_the_widest_tiles():
+    config = plan_backward(problem(head_dim=256, head_dim_v=256)).config
+    assert (config.cluster_size, config.tile_keys, config.num_dq_parts, config.dq_columns) == (2, 64, 4, 64)
+    config = plan_backward(problem(head_dim=192, head_dim_v=192)).config
+    assert (config.cluster_size, config.tile_keys, config.num_dq_parts, config.dq_columns) == (1, 64, 2, 96)
+
+
+def test_dq_is_made_in_slices_where_registers_are_scarce():
+    config = plan_backward(problem(head_dim=192, head_dim_v=128)).config
+    assert (config.dq_columns, config.dq_slice_columns, config.dq_rest_columns) == (96, 64, 32)
 
 
 def test_a_softcap_has_narrower_blocks():
     config = plan_backward(problem(head_dim=64, head_dim_v=64, score=Score.SOFTCAP)).config
     assert (config.block_m, config.block_n) == (64, 128)
     assert config == dataclasses.replace(config, block_m=backward_tile(64, 64, Score.SOFTCAP).block_m)
+
+
+def test_a_softcap_leaves_room_for_fewer_columns():
+    """Its slopes take registers, so that columns are split where keys are without it."""
+    assert backward_tile(192, 128, Score.SCALED).split is KEYS
+    assert backward_tile(192, 128, Score.SOFTCAP).split is COLUMNS
+    config = plan_backward(problem(head_dim=192, head_dim_v=128)).config
+    with pytest.raises(ConfigError, match=r"split=.*KEYS.* is not supported; it must be COLUMNS"):
+        dataclasses.replace(config, score=Score.SOFTCAP).validate()
 
 
 def test_values_too_wide():
@@ -87,6 +110,8 @@ def test_scratch_for_dq():
     assert plan.dq_scratch_floats(640) == 640 * 128
     ordered = plan_backward(dataclasses.replace(PROBLEM, accumulation=Accumulation.ORDERED))
     assert ordered.dq_scratch_floats(640) == 640 * 128 + 10 * 2
+    wide = dataclasses.replace(FORWARD, head_dim=256, head_dim_v=256)
+    assert plan_backward(BackwardProblem(wide, Accumulation.ORDERED)).dq_scratch_floats(640) == 640 * 256 + 10 * 4
 
 
 @pytest.mark.parametrize("empty", ["batch", "heads_q", "max_seqlen_k"])
@@ -102,8 +127,8 @@ def test_too_many_tiles():
 
 def test_every_axis_makes_a_kernel_of_its_own():
     configs = [
-        BackwardConfig(dtype, *dims, mask, layout, score, order, *dataclasses.astuple(backward_tile(*dims, score)))
-        for dims in itertools.product((64, 128), (64, 128))
+        BackwardConfig(dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score)))
+        for dims in itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES)
         for dtype, mask, layout, score, order in itertools.product(Dtype, Mask, SeqLayout, Score, Accumulation)
     ]
     for config in configs:
@@ -115,20 +140,45 @@ def test_shared_memory_of_a_tile():
     """README of csrc/kernels: two key tiles, two stages, two dS, dq, statistics and control."""
     assert plan_backward(PROBLEM).config.smem_bytes == (32 + 32 + 2 * (16 + 16) + 2 * 16 + 32 + 1 + 1) * 1024
     assert plan_backward(problem(head_dim=64, head_dim_v=64)).config.smem_bytes == 199_680
+    # P, two dS of each CTA, half of the other's keys; statistics in three stages, filled up to whole KiB.
+    wide = plan_backward(problem(head_dim=256, head_dim_v=256)).config
+    assert wide.smem_bytes == (32 + 32 + 2 * 32 + 32 + 8 + 4 * 8 + 16 + 2) * 1024
 
 
 def test_too_much_shared_memory():
     with pytest.raises(ConfigError, match=r"shared memory: \d+ bytes required by bwd_\w+, 232448 supported; reduce"):
-        dataclasses.replace(plan_backward(PROBLEM).config, num_stages=4).validate()
+        dataclasses.replace(plan_backward(PROBLEM).config, num_stages=4, num_dout_stages=4).validate()
 
 
 def test_a_softcap_needs_narrow_blocks():
     with pytest.raises(ConfigError, match="block_m=128 is not supported; it must be 64 with a softcap"):
-        dataclasses.replace(plan_backward(PROBLEM).config, block_m=128, score=Score.SOFTCAP).validate()
+        config = plan_backward(problem(head_dim=64, head_dim_v=64)).config
+        dataclasses.replace(config, score=Score.SOFTCAP).validate()
+
+
+def test_wide_blocks_need_few_columns():
+    with pytest.raises(ConfigError, match="block_m=128 is not supported; it must be 64 for more columns"):
+        dataclasses.replace(plan_backward(PROBLEM).config, block_m=128).validate()
+
+
+def test_a_cluster_needs_whole_chunks_of_dq():
+    config = plan_backward(problem(head_dim=192, head_dim_v=192)).config
+    with pytest.raises(ConfigError, match="block_n=128 is not supported; it must be such that each warpgroup"):
+        dataclasses.replace(config, block_n=128).validate()
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("block_m", 72), ("block_n", 256), ("head_dim", 72), ("head_dim_v", 512), ("num_stages", 1)]
+    ("field", "value"),
+    [
+        ("block_m", 72),
+        ("block_m", 128),
+        ("block_n", 64),
+        ("block_n", 256),
+        ("head_dim", 72),
+        ("head_dim_v", 512),
+        ("num_stages", 1),
+        ("num_dout_stages", 0),
+    ],
 )
 def test_configurations_that_cannot_be_built(field, value):
     with pytest.raises(ConfigError, match=f"{field}={value} is not supported"):

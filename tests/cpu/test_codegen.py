@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flash_attn_3 import codegen, config, presets, toolchain
-from flash_attn_3.backward_config import Accumulation, BackwardConfig
+from flash_attn_3.backward_config import Accumulation, BackwardConfig, WarpgroupSplit
 from flash_attn_3.config import ConfigError, Dtype, ForwardConfig, KernelConfig, KernelEnum, Score
 
 ALL_CONFIGS = presets.all_configs()
@@ -54,7 +54,7 @@ def test_a_backward_pass_is_three_kernels(kernel: BackwardConfig):
     assert entry_points(source) == {
         kernel.name: (384, "BackwardParams"),
         f"{kernel.name}_preprocess": (256, "BackwardParams"),
-        f"{kernel.name}_postprocess": (256, "BackwardParams"),
+        f"{kernel.name}_postprocess": (512 if kernel.cluster_size == 2 else 256, "BackwardParams"),
     }
     assert "CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED" not in source
 
@@ -96,7 +96,13 @@ def test_derived_values_of_the_backward_pass_are_tied_to_the_headers():
     for kernel in BACKWARD_CONFIGS:
         source = codegen.render(kernel)
         for twin in (
+            f"fa::BackwardShape<Traits>::kClusterSize == {kernel.cluster_size},",
+            f"fa::BackwardShape<Traits>::kTileKeys == {kernel.tile_keys},",
+            f"fa::BackwardShape<Traits>::kDkColumns == {kernel.dk_columns},",
+            f"fa::BackwardShape<Traits>::kDvColumns == {kernel.dv_columns},",
+            f"fa::BackwardShape<Traits>::kNumDqParts == {kernel.num_dq_parts},",
             f"fa::BackwardShape<Traits>::kDqColumns == {kernel.dq_columns},",
+            f"fa::BackwardShape<Traits>::kDqSliceColumns == {kernel.dq_slice_columns},",
             f"fa::Preprocess<Traits>::kNumThreads == {kernel.preprocess_threads},",
             f"fa::Postprocess<Traits>::kNumThreads == {kernel.postprocess_threads},",
         ):
@@ -113,28 +119,32 @@ def test_mma_atoms(dtype, operands):
 
 
 @pytest.mark.parametrize(
-    ("dims", "score", "dq_columns"),
+    ("dims", "score", "dv", "dk", "dq"),
     [
-        ((64, 64), Score.SCALED, 64),  # of half of the rows
-        ((64, 64), Score.SOFTCAP, 32),
-        ((64, 128), Score.SCALED, 32),
-        ((128, 128), Score.SCALED, 64),
+        ((64, 64), Score.SCALED, ("64", "RS"), ("64", "RS"), ["64"]),  # dq: of half of the rows
+        ((64, 64), Score.SOFTCAP, ("64", "RS"), ("64", "RS"), ["32"]),
+        ((64, 128), Score.SCALED, ("128", "RS"), ("64", "RS"), ["32"]),
+        ((128, 128), Score.SCALED, ("128", "RS"), ("128", "RS"), ["64"]),
+        ((192, 128), Score.SCALED, ("128", "RS"), ("192", "SS"), ["64", "32"]),
+        ((192, 128), Score.SOFTCAP, ("64", "SS"), ("96", "SS"), ["96"]),
+        ((192, 192), Score.SCALED, ("96", "SS"), ("96", "SS"), ["96"]),
+        ((256, 256), Score.SCALED, ("128", "SS"), ("128", "SS"), ["64"]),
     ],
 )
-def test_mma_atoms_of_the_backward_pass(dims, score, dq_columns):
+def test_mma_atoms_of_the_backward_pass(dims, score, dv, dk, dq):
     kernel = next(c for c in BACKWARD_CONFIGS if (c.head_dim, c.head_dim_v, c.score) == (*dims, score))
     source = " ".join(codegen.render(kernel).split())
     atoms = re.findall(r"using (\w+) = \S+MMA_64x(\d+)x16_F32\w+?_([SR]S)< \S+::(\w+), \S+::(\w+)>;", source)
     assert atoms == [
         ("ScoresMma", str(kernel.block_m), "SS", "K", "K"),
-        ("DvMma", str(dims[1]), "RS", "K", "MN"),
-        ("DkMma", str(dims[0]), "RS", "K", "MN"),
-        ("DqMma", str(dq_columns), "SS", "MN", "MN"),
+        ("DvMma", *dv, "K", "MN"),
+        ("DkMma", *dk, "K", "MN"),
+        *((name, columns, "SS", "MN", "MN") for name, columns in zip(("DqMma", "DqRestMma"), dq, strict=False)),
     ]
 
 
 def kernel_enums() -> list[type[KernelEnum]]:
-    values = (*vars(config).values(), Accumulation)
+    values = (*vars(config).values(), Accumulation, WarpgroupSplit)
     return [value for value in values if isinstance(value, type) and issubclass(value, KernelEnum)][1:]
 
 

@@ -24,10 +24,10 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def run(driver, path, shapes, device=0, ordered=False, **options):
-    """The log of one backward pass."""
+def run(driver, path, shapes, device=0, ordered=False, traits=None, **options):
+    """The log of one backward pass. `traits`: what is special about the kernels."""
     varlen = any(name in shapes for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
-    handle = load(path, varlen=varlen, ordered=ordered)
+    handle = load(path, varlen=varlen, ordered=ordered, **traits or {})
     driver.device = device
     driver.take_log()
     backward(tensors(shapes, device), handle, path, **options)
@@ -57,6 +57,18 @@ def test_three_kernels_in_one_call(machine):
     assert first == second == third
     assert len({x["stream"] for x in launches(log)}) == 1
     assert not [x for x in log if "Memset" in x["call"]]
+
+
+def test_two_ctas_for_each_block_of_keys(machine):
+    """The main kernel's alone; each loads half of the keys."""
+    log = machine(functools.partial(run, traits={"cluster_size": 2}), dense_shapes())
+    assert [(x["grid"][0], x["cluster"]) for x in launches(log)] == [
+        (5 * 6 * 2, 1),
+        (2 * (2 * 3 * 2), 2),
+        (5 * 6 * 2, 1),
+    ]
+    boxes = [x["box"] for x in log if x["call"] == "cuTensorMapEncodeTiled"]
+    assert sorted(box[2] for box in boxes) == [64] * 6
 
 
 def test_dense_parameters(machine):

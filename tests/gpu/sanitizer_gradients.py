@@ -13,6 +13,8 @@ import sys
 
 import torch
 
+from flash_attn_3.backward_config import HEAD_DIM_TILES
+
 from .cases import KERNEL_MASKS, GradientCase
 from .gradients import Incoming, check_gradients, differentiate, make_incoming
 from .harness import Tensors, make_tensors
@@ -22,17 +24,21 @@ LENS_Q, LENS_K = (70, 0, 1, 200), (130, 5, 0, 200)
 CASES = [
     *(
         GradientCase(d, batch=1, seqlen_q=200, seqlen_k=333, heads_q=2, heads_kv=1, **mask.options)
-        for d in (64, 128)
+        for d in HEAD_DIM_TILES
         for mask in KERNEL_MASKS
     ),
     *(
         GradientCase(d, lens_q=LENS_Q, lens_k=LENS_K, heads_q=2, heads_kv=1, spare_q=3, spare_k=70, causal=True)
-        for d in (64, 128)
+        for d in HEAD_DIM_TILES
     ),
     GradientCase(64, 128, batch=1, seqlen_q=129, seqlen_k=129, heads_q=1, heads_kv=1, causal=True),
+    GradientCase(192, 128, batch=1, seqlen_q=129, seqlen_k=129, heads_q=1, heads_kv=1, causal=True),
     GradientCase(72, batch=1, seqlen_q=3, seqlen_k=100, heads_q=1, heads_kv=1),
     GradientCase(64, batch=1, seqlen_q=129, seqlen_k=129, heads_q=1, heads_kv=1, softcap=15.0),
-    GradientCase(128, batch=1, seqlen_q=300, seqlen_k=300, heads_q=2, heads_kv=1, causal=True, deterministic=True),
+    *(
+        GradientCase(d, batch=1, seqlen_q=300, seqlen_k=300, heads_q=2, heads_kv=1, causal=True, deterministic=True)
+        for d in (128, 256)
+    ),
 ]
 
 
