@@ -46,27 +46,37 @@ inline int box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-inline void load_box(const void* map, const void* barrier, void* shared, const int32_t (&first)[kMapDims]) {
+// Into the running CTA, or the same place of those ranks of its cluster whose bits are set: each has it when it comes.
+inline void load_box(const void* map, const void* barrier, void* shared, const int32_t (&first)[kMapDims],
+                     uint32_t ranks) {
   const TensorMap decoded = tensor_map(map);
   Cta* const cta = &machine().cta();
-  const uint32_t address = machine().shared_address(shared);
+  const uint32_t address = machine().shared_address(shared), barrier_address = machine().shared_address(barrier);
   machine().check(address % 128 == 0, "a box must begin at a multiple of 128 bytes");
   machine().shared_pointer(address, box_bytes(decoded));
   std::array<int32_t, kMapDims> at;
   std::copy_n(first, kMapDims, at.begin());
-  cta->loads.push_back([=] {
-    int32_t coordinates[kMapDims];
-    std::copy_n(at.begin(), kMapDims, coordinates);
-    for_each_element(decoded, address, coordinates, [cta](uint32_t to, const uint8_t* from) {
-      uint8_t* const element = machine().shared_pointer(*cta, to, kMapElementBytes);
-      if (from == nullptr) {
-        memset(element, 0, kMapElementBytes);
-      } else {
-        memcpy(element, from, kMapElementBytes);
-      }
+  for (int rank = 0; ranks >> rank != 0; ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    cta->loads.push_back([=] {
+      Cta& there = machine().in_rank(*cta, rank);
+      int32_t coordinates[kMapDims];
+      std::copy_n(at.begin(), kMapDims, coordinates);
+      for_each_element(decoded, address, coordinates, [&there](uint32_t to, const uint8_t* from) {
+        uint8_t* const element = machine().shared_pointer(there, to, kMapElementBytes);
+        if (from == nullptr) {
+          memset(element, 0, kMapElementBytes);
+        } else {
+          memcpy(element, from, kMapElementBytes);
+        }
+      });
+      complete_bytes(machine().shared_pointer(there, barrier_address, sizeof(MBarrier)), box_bytes(decoded));
     });
-    complete_bytes(barrier, box_bytes(decoded));
-  });
+  }
+}
+
+inline void load_box(const void* map, const void* barrier, void* shared, const int32_t (&first)[kMapDims]) {
+  load_box(map, barrier, shared, first, 1u << machine().cluster_rank());
 }
 
 inline void load_bytes(const void* memory, const void* barrier, void* shared, int bytes) {

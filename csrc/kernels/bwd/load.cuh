@@ -53,8 +53,8 @@ class BackwardProducer {
     const int row = tile_.k.map_row(params_.row_bound_k, first_key<Traits>(tile_, rank));
     TransactionBarrier::expect_transaction(full, num_chunks * kChunkBytes);
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      load_chunk(map, full, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns, tile_.head_kv, row,
-                 tile_.k);
+      load_chunk<1>(map, full, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns, tile_.head_kv, row,
+                    tile_.k);
     }
   }
 
@@ -78,23 +78,32 @@ class BackwardProducer {
     stage_.advance();
   }
 
-  // A block of queries. In the place of a chunk past the last column comes the first one: it meets zeros only.
+  // A block of queries; each CTA of a cluster asks for its share of the chunks, for all CTAs. In the place of a chunk
+  // past the last column comes the first one: it meets zeros only.
   template <int kColumns, int kSwizzleBytes>
   FA_DEVICE void load_rows(const CUtensorMap& map, int columns, uint64_t* full, uint8_t* tile, int head,
                            int row) const {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
-#pragma unroll
-    for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
+    constexpr int kShares = Shape::kClusterSize;
+#pragma unroll(kShares == 1 ? 8 : 1)
+    for (int chunk = tile_rank<Traits>(); chunk < kColumns / kChunkColumns; chunk += kShares) {
       const bool exists = !KeyChunks<Traits>::kMayBeMissing || chunk * kChunkColumns < columns;
-      load_chunk(map, full, tile + chunk * Traits::kBlockM * kSwizzleBytes, exists ? chunk * kChunkColumns : 0, head,
-                 row, tile_.q);
+      load_chunk<kShares>(map, full, tile + chunk * Traits::kBlockM * kSwizzleBytes, exists ? chunk * kChunkColumns : 0,
+                          head, row, tile_.q);
     }
   }
 
+  // To the same place in each of the CTAs that share it, completing the same barrier in each.
+  template <int kShares>
   FA_DEVICE static void load_chunk(const CUtensorMap& map, uint64_t* full, uint8_t* chunk, int column, int head,
                                    int row, const Sequence& sequence) {
-    cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST), chunk, column,
-                                 head, row, sequence.map_origin(), sequence.batch);
+    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+    if constexpr (kShares == 1) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, full, kHint, chunk, column, head, row, sequence.map_origin(), sequence.batch);
+    } else {
+      cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, full, (1 << kShares) - 1, kHint, chunk, column, head, row,
+                                             sequence.map_origin(), sequence.batch);
+    }
   }
 
   FA_DEVICE static void load_statistics(const float* from, uint64_t* full, float* to) {

@@ -93,8 +93,8 @@ struct KeyTile {
 template <class Traits>
 struct BackwardControl {
   uint64_t k_full, v_full;
-  Ring<Traits::kNumStages> q;         // with lse_log2
-  Ring<Traits::kNumDoutStages> dout;  // with delta
+  SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2
+  SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta
   Ring<2> other_ds;                   // the other CTA's dS; `empty`: that of this CTA at the other
   KeyTile tile;
   int tile_index;                                                // Accumulation::kOrdered: of a cluster

@@ -42,6 +42,22 @@ struct Ring {
   FA_DEVICE void release(RingState<kSize> at) { Barrier::arrive(&empty[at.index()]); }
 };
 
+// A ring that copies fill in all CTAs of a cluster at once: each producer needs everybody's buffer, so that consumers
+// free theirs in all CTAs. The arrivals that `empty` expects are those of the whole cluster.
+template <int kSize, int kClusterSize>
+struct SharedRing : Ring<kSize> {
+  FA_DEVICE void init(int full_arrivals, int empty_arrivals) {
+    Ring<kSize>::init(full_arrivals, empty_arrivals * kClusterSize);
+  }
+  FA_DEVICE void release(RingState<kSize> at) {
+    if constexpr (kClusterSize == 1) {
+      Ring<kSize>::release(at);
+    } else {
+      for (uint32_t rank = 0; rank < kClusterSize; ++rank) Barrier::arrive(&this->empty[at.index()], rank, /*pred=*/1);
+    }
+  }
+};
+
 // Named barriers: one per warpgroup for its turn, one per warpgroup for itself. There are eight; CUTLASS keeps as many.
 enum NamedBarrierId { kTurnBarrier = 0, kWarpgroupBarrier = kTurnBarrier + kMaxConsumerWarpgroups };
 static_assert(kWarpgroupBarrier + kMaxConsumerWarpgroups <= 8);

@@ -16,6 +16,13 @@ struct SM90_TMA_LOAD_5D {
   }
 };
 
+struct SM90_TMA_LOAD_MULTICAST_5D {
+  static void copy(const void* map, uint64_t* barrier, uint16_t ranks, uint64_t, void* shared, int32_t c0, int32_t c1,
+                   int32_t c2, int32_t c3, int32_t c4) {
+    emulator::load_box(map, barrier, shared, {c0, c1, c2, c3, c4}, ranks);
+  }
+};
+
 struct SM90_BULK_COPY_G2S {
   static void copy(const void* memory, uint64_t* barrier, void* shared, int32_t bytes) {
     emulator::load_bytes(memory, barrier, shared, bytes);
