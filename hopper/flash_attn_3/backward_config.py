@@ -53,6 +53,16 @@ class WarpgroupSplit(KernelEnum):
     COLUMNS = "kColumns"
 
 
+class DqPath(KernelEnum):
+    """How a warpgroup's part of dq gets from registers to the sums in memory.
+
+    STAGED: through shared memory, by the copy engine. DIRECT: by vector reductions, where that has no room.
+    """
+
+    STAGED = "kStaged"
+    DIRECT = "kDirect"
+
+
 def max_columns_by_keys(score: Score) -> int:
     """Columns of dk and dv together that one warpgroup's registers hold beside a step's products of 64 queries.
 
@@ -81,6 +91,7 @@ class BackwardConfig(KernelConfig):
     score: Score
     accumulation: Accumulation
     split: WarpgroupSplit
+    dq_path: DqPath
     block_m: int
     block_n: int
     num_stages: int = 2
@@ -155,7 +166,7 @@ class BackwardConfig(KernelConfig):
     @property
     def dq_staged_bytes(self) -> int:
         """Shared memory that dq passes through; none where it goes to memory from registers."""
-        if self.split is WarpgroupSplit.COLUMNS:
+        if self.dq_path is DqPath.DIRECT:
             return 0
         return self.num_consumer_warpgroups * WARPGROUP_ROWS * self.dq_slice_columns * _FP32_BYTES
 
@@ -215,6 +226,7 @@ class BackwardConfig(KernelConfig):
             self.score.slug,
             self.accumulation.slug,
             self.split.slug,
+            self.dq_path.slug,
             f"m{self.block_m}n{self.block_n}s{self.num_stages}d{self.num_dout_stages}",
         ]
         return "_".join(parts)
@@ -232,6 +244,7 @@ class BackwardConfig(KernelConfig):
                 "split",
                 "COLUMNS for head dims of more columns than the registers of one warpgroup hold",
             ),
+            (by_keys or self.dq_path is DqPath.DIRECT, "dq_path", "DIRECT where warpgroups split columns"),
             (self.block_m in (64, 128), "block_m", "64 or 128"),
             (
                 self.block_m == 64 or (by_keys and columns <= 128),

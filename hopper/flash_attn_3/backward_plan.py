@@ -8,7 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, WarpgroupSplit, max_columns_by_keys
+from .backward_config import (
+    HEAD_DIM_TILES,
+    Accumulation,
+    BackwardConfig,
+    DqPath,
+    WarpgroupSplit,
+    max_columns_by_keys,
+)
 from .config import Score
 from .heuristics import MAX_TILES
 from .problem import ForwardProblem
@@ -22,6 +29,7 @@ class BackwardTile:
     """Query rows and keys of one step of the main loop, and how warpgroups share it."""
 
     split: WarpgroupSplit
+    dq_path: DqPath
     block_m: int
     block_n: int
     num_dout_stages: int = 2
@@ -92,12 +100,12 @@ def backward_tile(head_dim: int, head_dim_v: int, score: Score) -> BackwardTile:
     """The tile for the caller's head dims. Raises ValueError where there is none."""
     tiles = backward_head_dim_tiles(head_dim, head_dim_v)
     if max(tiles) == 64 and score is Score.SCALED:
-        return BackwardTile(WarpgroupSplit.KEYS, block_m=128, block_n=128)
+        return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=128, block_n=128)
     if sum(tiles) <= max_columns_by_keys(score):
-        return BackwardTile(WarpgroupSplit.KEYS, block_m=64, block_n=128)
+        return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=64, block_n=128)
     if tiles[0] % 128 == 0:
-        return BackwardTile(WarpgroupSplit.COLUMNS, block_m=64, block_n=128, num_dout_stages=1)
-    return BackwardTile(WarpgroupSplit.COLUMNS, block_m=64, block_n=64)
+        return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=128, num_dout_stages=1)
+    return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=64)
 
 
 def _checked_tiles(problem: ForwardProblem, name: str, rows: int, what: str) -> int:

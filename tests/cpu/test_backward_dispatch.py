@@ -112,7 +112,7 @@ def test_what_the_runtime_is_asked(launchers):
     (dq, dk, dv), statistics = dispatch.backward(**tensors, options=options)
     (launcher,) = launchers
     (launched,) = launcher.pop("calls")
-    assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_keys_m64n128s2d2"
+    assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_keys_staged_m64n128s2d2"
     assert launcher.pop("exp2_scale") == pytest.approx(2.0 * math.log2(math.e))
     assert launcher == {
         "max_seqlen_q": 300,

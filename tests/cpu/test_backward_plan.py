@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from flash_attn_3.backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, WarpgroupSplit
+from flash_attn_3.backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
 from flash_attn_3.backward_plan import BackwardProblem, BackwardTile, backward_tile, plan_backward
 from flash_attn_3.config import ConfigError, Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -45,30 +45,31 @@ def test_plan_of_a_problem():
         score=Score.SCALED,
         accumulation=Accumulation.UNORDERED,
         split=WarpgroupSplit.KEYS,
+        dq_path=DqPath.STAGED,
         block_m=64,
         block_n=128,
     )
-    assert plan.config.name == "bwd_bf16_d128_causal_dense_scaled_unordered_keys_m64n128s2d2"
+    assert plan.config.name == "bwd_bf16_d128_causal_dense_scaled_unordered_keys_staged_m64n128s2d2"
 
 
 @pytest.mark.parametrize(
     ("head_dims", "tiles", "tile"),
     [
-        ((8, 8), (64, 64), BackwardTile(KEYS, 128, 128)),
-        ((64, 96), (64, 128), BackwardTile(KEYS, 64, 128)),
-        ((128, 64), (128, 64), BackwardTile(KEYS, 64, 128)),
-        ((72, 72), (128, 128), BackwardTile(KEYS, 64, 128)),
-        ((40, 256), (64, 256), BackwardTile(KEYS, 64, 128)),
-        ((192, 128), (192, 128), BackwardTile(KEYS, 64, 128)),
-        ((136, 136), (192, 192), BackwardTile(COLUMNS, 64, 64)),
-        ((256, 256), (256, 256), BackwardTile(COLUMNS, 64, 128, num_dout_stages=1)),
+        ((8, 8), (64, 64), BackwardTile(KEYS, DqPath.STAGED, 128, 128)),
+        ((64, 96), (64, 128), BackwardTile(KEYS, DqPath.STAGED, 64, 128)),
+        ((128, 64), (128, 64), BackwardTile(KEYS, DqPath.STAGED, 64, 128)),
+        ((72, 72), (128, 128), BackwardTile(KEYS, DqPath.STAGED, 64, 128)),
+        ((40, 256), (64, 256), BackwardTile(KEYS, DqPath.STAGED, 64, 128)),
+        ((192, 128), (192, 128), BackwardTile(KEYS, DqPath.STAGED, 64, 128)),
+        ((136, 136), (192, 192), BackwardTile(COLUMNS, DqPath.DIRECT, 64, 64)),
+        ((256, 256), (256, 256), BackwardTile(COLUMNS, DqPath.DIRECT, 64, 128, num_dout_stages=1)),
     ],
 )
 def test_each_head_dim_runs_in_a_tile_of_its_own(head_dims, tiles, tile):
     """The columns of both together decide on the blocks."""
     config = plan_backward(problem(head_dim=head_dims[0], head_dim_v=head_dims[1])).config
     assert (config.head_dim, config.head_dim_v) == tiles
-    assert BackwardTile(config.split, config.block_m, config.block_n, config.num_dout_stages) == tile
+    assert BackwardTile(config.split, config.dq_path, config.block_m, config.block_n, config.num_dout_stages) == tile
     assert backward_tile(*head_dims, Score.SCALED) == tile
 
 
@@ -159,6 +160,19 @@ def test_a_softcap_needs_narrow_blocks():
 def test_wide_blocks_need_few_columns():
     with pytest.raises(ConfigError, match="block_m=128 is not supported; it must be 64 for more columns"):
         dataclasses.replace(plan_backward(PROBLEM).config, block_m=128).validate()
+
+
+def test_dq_straight_from_registers_leaves_shared_memory_free():
+    config = plan_backward(problem(head_dim=192, head_dim_v=128)).config
+    direct = dataclasses.replace(config, dq_path=DqPath.DIRECT)
+    direct.validate()
+    assert config.smem_bytes - direct.smem_bytes == config.dq_staged_bytes == 32 * 1024
+
+
+def test_split_columns_leave_no_room_for_dq():
+    config = plan_backward(problem(head_dim=256, head_dim_v=256)).config
+    with pytest.raises(ConfigError, match=r"dq_path=.*STAGED.* is not supported; it must be DIRECT"):
+        dataclasses.replace(config, dq_path=DqPath.STAGED).validate()
 
 
 def test_a_cluster_needs_whole_chunks_of_dq():

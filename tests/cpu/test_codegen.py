@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flash_attn_3 import codegen, config, presets, toolchain
-from flash_attn_3.backward_config import Accumulation, BackwardConfig, WarpgroupSplit
+from flash_attn_3.backward_config import Accumulation, BackwardConfig, DqPath, WarpgroupSplit
 from flash_attn_3.config import ConfigError, Dtype, ForwardConfig, KernelConfig, KernelEnum, Score
 
 ALL_CONFIGS = presets.all_configs()
@@ -144,7 +144,7 @@ def test_mma_atoms_of_the_backward_pass(dims, score, dv, dk, dq):
 
 
 def kernel_enums() -> list[type[KernelEnum]]:
-    values = (*vars(config).values(), Accumulation, WarpgroupSplit)
+    values = (*vars(config).values(), Accumulation, WarpgroupSplit, DqPath)
     return [value for value in values if isinstance(value, type) and issubclass(value, KernelEnum)][1:]
 
 

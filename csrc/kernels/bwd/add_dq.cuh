@@ -2,6 +2,8 @@
 // into rows): thread t's registers i to i + 3 are floats 512 (i / 4) + 4 t and so on of the part.
 #pragma once
 
+#include <type_traits>
+
 #include "stage.cuh"
 #include "turn.cuh"
 
@@ -49,17 +51,18 @@ class DqPart {
   int warpgroup_;
 };
 
-// By way of shared memory: the copy engine adds, beside whatever comes next.
+// DqPath::kStaged: by way of shared memory. The copy engine adds, beside whatever comes next.
 template <class Traits>
 class StagedDqAdder {
  public:
-  FA_DEVICE StagedDqAdder(const DqPart<Traits>& part, float* buffer) : part_(part), buffer_(buffer) {}
+  FA_DEVICE StagedDqAdder(const DqPart<Traits>& part, WarpgroupExchange<Traits>& exchange)
+      : part_(part), buffer_(exchange.dq[part.warpgroup()]) {}
 
   // Registers from kFirst on of all that the thread has of the part, slice by slice from register 0 on.
   template <int kFirst, int kSize>
   FA_DEVICE void add(const float (&dq)[kSize], int head_q, int m_block) {
     if constexpr (kFirst == 0) {
-      finish();
+      end_tile();
     } else if (part_.leads()) {
       cute::tma_store_wait<0>();
     }
@@ -78,8 +81,10 @@ class StagedDqAdder {
     cute::tma_store_arrive();
   }
 
+  FA_DEVICE void end_step() {}
+
   // Until the copy engine has read the buffer; with an order of additions until it has added, for the next in line.
-  FA_DEVICE void finish() {
+  FA_DEVICE void end_tile() {
     if (!part_.leads()) return;
     if constexpr (DqPart<Traits>::kOrdered) {
       part_.turn().pass_on_after_copies();
@@ -93,28 +98,27 @@ class StagedDqAdder {
   float* buffer_;
 };
 
-// Straight from registers, where shared memory has no room for a buffer.
+// DqPath::kDirect: straight from registers.
 template <class Traits>
 class DirectDqAdder {
  public:
-  FA_DEVICE explicit DirectDqAdder(const DqPart<Traits>& part) : part_(part) {}
+  FA_DEVICE DirectDqAdder(const DqPart<Traits>& part, WarpgroupExchange<Traits>&) : part_(part) {}
 
-  template <int kSize>
+  template <int kFirst, int kSize>
   FA_DEVICE void add(const float (&dq)[kSize], int head_q, int m_block) {
-    if constexpr (DqPart<Traits>::kOrdered) {
+    if constexpr (DqPart<Traits>::kOrdered && kFirst == 0) {
       if (part_.leads()) part_.wait_turn(head_q, m_block);
       sync_warpgroup(part_.warpgroup());
     }
     float* const to = part_.address(head_q, m_block) + threadIdx.x % kWarpgroupThreads * 4;
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
-      reduce_add(to + i * kWarpgroupThreads, make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
+      reduce_add(to + (kFirst + i) * kWarpgroupThreads, make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
     }
   }
 
-  // Once after each addition, the later the better. With an order of additions: until all threads' are done in memory,
-  // for the next in line.
-  FA_DEVICE void finish() {
+  // With an order of additions: until all threads' are done in memory, for the next in line.
+  FA_DEVICE void end_step() {
     if constexpr (DqPart<Traits>::kOrdered) {
       __threadfence();
       sync_warpgroup(part_.warpgroup());
@@ -122,8 +126,13 @@ class DirectDqAdder {
     }
   }
 
+  FA_DEVICE void end_tile() {}
+
  private:
   DqPart<Traits> part_;
 };
+
+template <class Traits>
+using DqAdder = std::conditional_t<Traits::kDqPath == DqPath::kStaged, StagedDqAdder<Traits>, DirectDqAdder<Traits>>;
 
 }  // namespace fa

@@ -32,7 +32,7 @@ class ColumnSplitMma {
         tile_(tile),
         warpgroup_(warpgroup),
         gradients_(params, tile, first_key<Traits>(tile, tile_rank<Traits>())),
-        adder_(DqPart<Traits>(params, smem.control, tile, warpgroup)) {}
+        adder_({params, smem.control, tile, warpgroup}, smem.exchange) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
@@ -159,7 +159,7 @@ class ColumnSplitMma {
     } else {
       make_dq(m_block, stage);
     }
-    adder_.finish();
+    adder_.end_step();
     stage_.advance();
   }
 
@@ -171,7 +171,7 @@ class ColumnSplitMma {
     fence_fragment(dv);
     fence_fragment(dq_);
     if (leads()) control_.dout.release(dout_at());
-    adder_.add(dq_, head_q_, m_block);
+    adder_.template add<0>(dq_, head_q_, m_block);
     // Once in a step nothing is in flight: ptxas serialises products that stay in flight from step to step.
     cute::warpgroup_wait<0>();
     fence_fragment(dk);
@@ -205,7 +205,7 @@ class ColumnSplitMma {
       pending_head_ = head_q_;
       pending_block_ = m_block;
     } else {
-      adder_.add(dq_, head_q_, m_block);
+      adder_.template add<0>(dq_, head_q_, m_block);
     }
   }
 
@@ -217,7 +217,7 @@ class ColumnSplitMma {
   }
 
   FA_DEVICE void add_pending_dq() {
-    if constexpr (kAddsLater) adder_.add(pending_dq_, pending_head_, pending_block_);
+    if constexpr (kAddsLater) adder_.template add<0>(pending_dq_, pending_head_, pending_block_);
   }
 
   FA_DEVICE void send_ds() {
@@ -282,7 +282,7 @@ class ColumnSplitMma {
   const KeyTile& tile_;
   int warpgroup_;
   ScoreGradients<Traits> gradients_;
-  DirectDqAdder<Traits> adder_;
+  DqAdder<Traits> adder_;
   int head_q_ = 0;
   float dq_[Shape::kDqColumns / 2];
   // With kAddsLater:

@@ -27,7 +27,7 @@ class KeySplitMma {
         tile_(tile),
         warpgroup_(warpgroup),
         gradients_(params, tile, first_key<Traits>(tile, 0) + warpgroup * kWarpgroupRows),
-        adder_({params, smem.control, tile, warpgroup}, smem.exchange.dq[warpgroup]) {}
+        adder_({params, smem.control, tile, warpgroup}, smem.exchange) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
@@ -44,7 +44,7 @@ class KeySplitMma {
       run_blocks<BlockKind::kFull>(m_block, blocks.full_end);
       run_blocks<BlockKind::kEdge>(m_block, blocks.end);
     }
-    adder_.finish();
+    adder_.end_tile();
   }
 
  private:
@@ -91,6 +91,7 @@ class KeySplitMma {
     fence_fragment(dk);
     if constexpr (kScoresTogether) fence_fragment(ds_);
     if (leads()) control_.q.release(stage_);
+    adder_.end_step();
     stage_.advance();
   }
 
@@ -222,7 +223,7 @@ class KeySplitMma {
   const KeyTile& tile_;
   int warpgroup_;
   ScoreGradients<Traits> gradients_;
-  StagedDqAdder<Traits> adder_;
+  DqAdder<Traits> adder_;
   int head_q_ = 0;
   Packed ds_;  // A operand of dK
   RingState<Traits::kNumStages> stage_;

@@ -54,7 +54,7 @@ struct BackwardShape {
   static constexpr int kDqSliceColumns = kSplitsColumns ? kDqColumns : min_of(kDqColumns, kMaxDqSliceColumns);
   // What goes through shared memory, of all warpgroups.
   static constexpr int kDqStagedBytes =
-      kSplitsColumns ? 0 : kNumConsumerWarpgroups * kWarpgroupRows * kDqSliceColumns * 4;
+      Traits::kDqPath == DqPath::kDirect ? 0 : kNumConsumerWarpgroups * kWarpgroupRows * kDqSliceColumns * 4;
 
   // Of q and k: a warpgroup's columns of k, for dq, must be whole chunks; of all, a warpgroup's columns of dk and dv.
   static constexpr int kSwizzleBytes = swizzle_bytes(kDqColumns);
@@ -95,19 +95,26 @@ struct BackwardControl {
   uint64_t k_full, v_full;
   SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2
   SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta
-  Ring<2> other_ds;                   // the other CTA's dS; `empty`: that of this CTA at the other
+  Ring<2> other_ds;  // the other CTA's dS; `empty`: that of this CTA at the other
   KeyTile tile;
   int tile_index;                                                // Accumulation::kOrdered: of a cluster
   int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // with Accumulation::kOrdered (bwd/turn.cuh)
 };
 
-// What consumer warpgroups pass on: two buffers of dS^T, kTileKeys rows x block_m queries, and dq on its way to memory.
-template <class Traits, WarpgroupSplit = Traits::kSplit, int = BackwardShape<Traits>::kClusterSize>
-struct WarpgroupExchange {
+// dq on its way to memory.
+template <class Traits, DqPath = Traits::kDqPath>
+struct DqBuffers {
   using Shape = BackwardShape<Traits>;
-
-  uint8_t ds[2][Shape::kDsBytes];
   float dq[Shape::kNumConsumerWarpgroups][Shape::kDqStagedBytes / 4 / Shape::kNumConsumerWarpgroups];
+};
+
+template <class Traits>
+struct DqBuffers<Traits, DqPath::kDirect> {};
+
+// What consumer warpgroups pass on: two buffers of dS^T, kTileKeys rows x block_m queries.
+template <class Traits, WarpgroupSplit = Traits::kSplit, int = BackwardShape<Traits>::kClusterSize>
+struct WarpgroupExchange : DqBuffers<Traits> {
+  uint8_t ds[2][BackwardShape<Traits>::kDsBytes];
 };
 
 // One buffer of P^T and one of dS^T, laid out alike.

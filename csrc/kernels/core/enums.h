@@ -9,6 +9,7 @@ enum class SeqLayout { kDense, kVarlen };
 enum class Score { kScaled, kSoftcap };
 enum class Accumulation { kUnordered, kOrdered };
 enum class WarpgroupSplit { kKeys, kColumns };
+enum class DqPath { kStaged, kDirect };
 enum class Schedule { kIntraWarpgroup, kPingPong };
 enum class Rescale { kEager, kLazy };
 enum class OutputBuffer { kOwn, kWithQ, kNone };
