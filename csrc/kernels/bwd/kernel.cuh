@@ -66,8 +66,7 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   static_assert(sizeof(BackwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
   begin_tile(params, smem.control);
-  // What the main loop needs in every step; what is needed but rarely is read again, since registers are scarce.
-  const KeyTile tile = smem.control.tile;
+  const KeyTile& tile = smem.control.tile;
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
 
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
@@ -76,7 +75,9 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
     if (threadIdx.x == 0) BackwardProducer<Traits>(params, smem, tile).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
-    KeyTileMma<Traits> mma(params, smem, tile, warpgroup - 1);
+    // What the main loop needs in every step; what is needed but rarely is read again, since registers are scarce.
+    const KeyTile own_tile = tile;
+    KeyTileMma<Traits> mma(params, smem, own_tile, warpgroup - 1);
     mma.run();
     KeyGradientEpilogue<Traits>(params, smem, warpgroup - 1).store(mma);
     // Until then the other CTA may signal to this one.
