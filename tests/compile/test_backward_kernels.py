@@ -6,7 +6,7 @@ import pytest
 
 from compile_tools import disassemble, opcodes
 from flash_attn_3 import compiler, presets
-from flash_attn_3.backward_config import Accumulation, BackwardConfig, WarpgroupSplit
+from flash_attn_3.backward_config import Accumulation, BackwardConfig, DqPath, WarpgroupSplit
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -84,6 +84,14 @@ class TestBackwardKernels:
         assert instructions["USETMAXREG"] >= 2  # producer and consumers
         assert instructions["HMMA"] == 0  # the tensor-core instruction of older GPUs
         assert instructions["LDL"] == instructions["STL"] == 0  # local memory
+
+
+@pytest.mark.parametrize("layout", SeqLayout)
+def test_the_two_that_spill_spill_two_registers(compile_kernel, layout):
+    """The only exceptions among all backward kernels; they do not where dq takes the direct path."""
+    config = planned(192, Mask.CAUSAL, 128, layout, accumulation=Accumulation.ORDERED, dtype=Dtype.FP16)
+    assert compile_kernel(config).meta["stack_bytes"] <= 8
+    assert compile_kernel(dataclasses.replace(config, dq_path=DqPath.DIRECT)).meta["stack_bytes"] == 0
 
 
 @pytest.mark.parametrize("name", ["dq_columns", "preprocess_threads"])
