@@ -33,7 +33,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", metavar="TEXT", help="names the measured sources where this is no git clone")
     timed = parser.add_argument_group("fwd and overhead")
     timed.add_argument(
-        "--shapes", default="peers", help="a set (peers, bars, quick, b4, b7) and filters (d128, causal, s8192)"
+        "--shapes", default="peers", help="a set (peers, bars, quick, b4, b7, c4) and filters (d128, causal, s8192)"
     )
     timed.add_argument("--peers", default="cudnn,flash,flex,fa4", help="default: %(default)s; may be empty")
     timed.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")

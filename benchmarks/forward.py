@@ -13,7 +13,7 @@ from tests.reference import AttentionOptions, attention
 from flash_attn_3.timing import Timing, time_in_turns
 
 from . import bars, machine, peers
-from .shapes import ForwardShape, counterpart
+from .shapes import AttentionShape, counterpart
 from .timing import matmul_tflops
 
 #: (batch, query head) pairs whose output is compared with the reference, spread over the tensor.
@@ -25,7 +25,7 @@ _COUNTERPART = "counterpart"
 
 
 def measure(
-    shapes: Sequence[ForwardShape], peer_names: Sequence[str], dtype: torch.dtype, rounds: int
+    shapes: Sequence[AttentionShape], peer_names: Sequence[str], dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
     """Measure every shape; returns the result file's content."""
     settings = {"peers": list(peer_names), "dtype": str(dtype), "rounds": rounds}
@@ -40,7 +40,7 @@ def measure(
     return result
 
 
-def measure_shape(shape: ForwardShape, names: Sequence[str], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure_shape(shape: AttentionShape, names: Sequence[str], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One row: what each version reached, and how this package compares."""
     torch.manual_seed(0)
     q, k, v = _inputs(shape, dtype)
@@ -70,17 +70,16 @@ def measure_shape(shape: ForwardShape, names: Sequence[str], dtype: torch.dtype,
     return {**row, **_compare(shape, results), **beside}
 
 
-def _inputs(shape: ForwardShape, dtype: torch.dtype) -> list[torch.Tensor]:
-    heads = (shape.heads_q, shape.heads_kv, shape.heads_kv)
-    return [torch.randn(shape.tensor_shape(count), device="cuda", dtype=dtype) for count in heads]
+def _inputs(shape: AttentionShape, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(size, device="cuda", dtype=dtype) for size in shape.input_shapes]
 
 
-def _timed(timing: Timing, shape: ForwardShape) -> dict[str, Any]:
+def _timed(timing: Timing, shape: AttentionShape) -> dict[str, Any]:
     tflops = shape.flops / timing.ms / 1e9
     return {"rounds_ms": timing.rounds_ms, "ms": timing.ms, "spread": timing.spread, "tflops": tflops}
 
 
-def _beside(shape: ForwardShape, other: ForwardShape, timings: dict[str, Timing]) -> dict[str, Any]:
+def _beside(shape: AttentionShape, other: AttentionShape, timings: dict[str, Timing]) -> dict[str, Any]:
     """This package on the counterpart, and the time that a visible pair takes here in units of the time there."""
     ours, beside = timings[peers.OURS], timings[_COUNTERPART]
     pair_times = [
@@ -89,13 +88,13 @@ def _beside(shape: ForwardShape, other: ForwardShape, timings: dict[str, Timing]
     return {"name": other.name, **_timed(beside, other), "relative_pair_time": pair_times[0] / pair_times[1]}
 
 
-def _checked_heads(shape: ForwardShape) -> list[tuple[int, int]]:
+def _checked_heads(shape: AttentionShape) -> list[tuple[int, int]]:
     last = shape.batch * shape.heads_q - 1
     flat = sorted({last * i // max(1, CHECKED_HEADS - 1) for i in range(CHECKED_HEADS)})
     return [divmod(index, shape.heads_q) for index in flat]
 
 
-def _rows(x: torch.Tensor, shape: ForwardShape, sequence: int) -> torch.Tensor:
+def _rows(x: torch.Tensor, shape: AttentionShape, sequence: int) -> torch.Tensor:
     """One sequence of q, k, v or out: (seqlen, heads, head_dim)."""
     if not shape.is_varlen:
         return x[sequence]
@@ -103,7 +102,7 @@ def _rows(x: torch.Tensor, shape: ForwardShape, sequence: int) -> torch.Tensor:
     return x[begin : begin + shape.lengths[sequence]]
 
 
-def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> list[torch.Tensor]:
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> list[torch.Tensor]:
     """Attention in float64 for the checked heads, (seqlen, head_dim) each."""
     options = AttentionOptions(causal=shape.causal, window_size=shape.window)
     group = shape.heads_q // shape.heads_kv
@@ -116,7 +115,7 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Forward
     return expected
 
 
-def _errors(out: torch.Tensor, expected: Sequence[torch.Tensor], shape: ForwardShape) -> dict[str, Any]:
+def _errors(out: torch.Tensor, expected: Sequence[torch.Tensor], shape: AttentionShape) -> dict[str, Any]:
     actual = torch.cat([_rows(out, shape, sequence)[:, head].double() for sequence, head in _checked_heads(shape)])
     exact = torch.cat(list(expected))
     relative = float((actual - exact).norm() / exact.norm())
@@ -127,7 +126,7 @@ def _errors(out: torch.Tensor, expected: Sequence[torch.Tensor], shape: ForwardS
     }
 
 
-def _compare(shape: ForwardShape, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _compare(shape: AttentionShape, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ratios of this package to each peer, and to the front: the best of cuDNN, FlashAttention-4 and -3."""
     tflops = {name: entry["tflops"] for name, entry in results.items() if "tflops" in entry}
     ours = tflops.pop(peers.OURS)

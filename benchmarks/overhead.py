@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from . import machine, peers
-from .shapes import ForwardShape
+from .shapes import AttentionShape
 from .timing import cpu_us_per_call
 
-SHAPE = ForwardShape(head_dim=128, causal=True, batch=1, seqlen=64, heads_q=2, heads_kv=2)
+SHAPE = AttentionShape(head_dim=128, causal=True, batch=1, seqlen=64, heads_q=2, heads_kv=2)
 #: Row -> the most host time that a call may take, in microseconds.
 LARGEST_US = {"flash_attn_func": 15.0, "flash_attn_varlen_func": 20.0}
 

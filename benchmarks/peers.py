@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .shapes import UNLIMITED, ForwardShape
+from .shapes import UNLIMITED, AttentionShape
 
 Call = Callable[[], torch.Tensor]
-Builder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ForwardShape], Call]
+Builder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionShape], Call]
 
 OURS = "ours"
 
 
-def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
+def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
     options = {"causal": shape.causal, "window_size": shape.window}
@@ -31,7 +31,7 @@ def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape
     return functools.partial(flash_attn_func, q, k, v, **options)
 
 
-def _packed(shape: ForwardShape, device: torch.device) -> dict[str, Any]:
+def _packed(shape: AttentionShape, device: torch.device) -> dict[str, Any]:
     """The arguments that say where the sequences of a batch begin."""
     offsets = torch.tensor([0, *itertools.accumulate(shape.lengths)], dtype=torch.int32, device=device)
     longest = max(shape.lengths)
@@ -39,7 +39,7 @@ def _packed(shape: ForwardShape, device: torch.device) -> dict[str, Any]:
 
 
 def _sdpa(backend: SDPBackend) -> Builder:
-    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
+    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
         if not shape.is_plain:
             raise NotImplementedError("SDPA has neither windows nor sequences of different lengths")
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
@@ -57,7 +57,7 @@ def _sdpa(backend: SDPBackend) -> Builder:
     return build
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
     from torch.nn.attention.flex_attention import create_block_mask
 
     if not shape.is_plain:
@@ -85,7 +85,7 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ForwardShape) -> Call:
+def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 
     options: dict[str, Any] = {"causal": shape.causal}
@@ -188,7 +188,7 @@ _MEASURED: dict[tuple[int, str], dict[tuple[int, int, int], tuple[int, int]]] = 
 }
 
 
-def fa3_over_cudnn(shape: ForwardShape) -> float | None:
+def fa3_over_cudnn(shape: AttentionShape) -> float | None:
     """How much faster FlashAttention-3 was than cuDNN on this shape, or None where that was not measured."""
     if not shape.is_plain:
         return None

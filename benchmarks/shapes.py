@@ -15,13 +15,14 @@ UNLIMITED = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardShape:
+class AttentionShape:
     """q is (batch, seqlen, heads_q, head_dim); k and v have heads_kv heads.
 
     Attributes:
         window: keys to the left and to the right of the diagonal that a query sees.
         lengths: the sequences' lengths where they differ; q is then (sum of them, heads_q, head_dim), batch their
             number and seqlen the longest.
+        head_dim_v: of v and the output, where it is not head_dim.
     """
 
     head_dim: int
@@ -32,12 +33,18 @@ class ForwardShape:
     heads_kv: int
     window: tuple[int, int] = (UNLIMITED, UNLIMITED)
     lengths: tuple[int, ...] = ()
+    head_dim_v: int | None = None
 
     @property
     def mask(self) -> str:
         if self.window != (UNLIMITED, UNLIMITED):
             return "window"
         return "causal" if self.causal else "full"
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of q and k, and of v and the output."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def is_varlen(self) -> bool:
@@ -57,24 +64,32 @@ class ForwardShape:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of both matrix products; plain causal masks count half, as everywhere."""
+        """Floating-point operations of the forward pass; plain causal masks count half, as everywhere."""
+        for_a_pair = 2.0 * self.heads_q * sum(self.head_dims)
         if self.is_plain:
-            products = 4.0 * self.batch * self.heads_q * self.seqlen**2 * self.head_dim
+            products = for_a_pair * self.batch * self.seqlen**2
             return products / 2 if self.causal else products
-        return 4.0 * self.heads_q * self.visible_pairs * self.head_dim
+        return for_a_pair * self.visible_pairs
 
     @property
     def name(self) -> str:
+        head_dim = f"d{self.head_dim}" + ("" if self.head_dim_v is None else f"/{self.head_dim_v}")
         heads = f"{self.heads_q}/{self.heads_kv}"
         if self.is_varlen:
-            return f"d{self.head_dim} {self.mask} {self.batch} of {min(self.lengths)} to {self.seqlen} {heads}"
+            return f"{head_dim} {self.mask} {self.batch} of {min(self.lengths)} to {self.seqlen} {heads}"
         mask = f"window {self.window[0]},{self.window[1]}" if self.mask == "window" else self.mask
-        return f"d{self.head_dim} {mask} {self.batch}x{self.seqlen} {heads}"
+        return f"{head_dim} {mask} {self.batch}x{self.seqlen} {heads}"
 
-    def tensor_shape(self, heads: int) -> tuple[int, ...]:
-        """Of q, k or v with that many heads."""
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k and v."""
         rows = (sum(self.lengths),) if self.is_varlen else (self.batch, self.seqlen)
-        return (*rows, heads, self.head_dim)
+        head_dim, head_dim_v = self.head_dims
+        return (*rows, self.heads_q, head_dim), (*rows, self.heads_kv, head_dim), (*rows, self.heads_kv, head_dim_v)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return *self.input_shapes[0][:-1], self.head_dims[1]
 
 
 def _visible_pairs(seqlen: int, left: int, right: int) -> int:
@@ -83,21 +98,21 @@ def _visible_pairs(seqlen: int, left: int, right: int) -> int:
     return seqlen + sum(side * seqlen - side * (side + 1) // 2 for side in sides)
 
 
-def _square_shapes(seqlens: Iterable[int]) -> list[ForwardShape]:
+def _square_shapes(seqlens: Iterable[int]) -> list[AttentionShape]:
     """16k tokens with 2048 features: 32, 16 and 8 heads of 64, 128 and 256."""
     return [
-        ForwardShape(head_dim, causal, TOKENS // seqlen, seqlen, 2048 // head_dim, 2048 // head_dim)
+        AttentionShape(head_dim, causal, TOKENS // seqlen, seqlen, 2048 // head_dim, 2048 // head_dim)
         for head_dim in (64, 128, 256)
         for causal in (False, True)
         for seqlen in seqlens
     ]
 
 
-def _grouped_shapes() -> list[ForwardShape]:
+def _grouped_shapes() -> list[AttentionShape]:
     return [
-        ForwardShape(128, True, 4, 4096, 64, 8),
-        ForwardShape(128, True, 2, 8192, 32, 8),
-        ForwardShape(128, True, 1, 32768, 32, 8),
+        AttentionShape(128, True, 4, 4096, 64, 8),
+        AttentionShape(128, True, 2, 8192, 32, 8),
+        AttentionShape(128, True, 1, 32768, 32, 8),
     ]
 
 
@@ -117,30 +132,41 @@ def draw_lengths(draw: random.Random, sequences: int, tokens: int, spread: float
     return tuple(end - begin for begin, end in itertools.pairwise([0, *ends]))
 
 
-def _varlen_shapes() -> list[ForwardShape]:
+def _varlen_shapes() -> list[AttentionShape]:
     draw = random.Random(0)
     batches = [draw_lengths(draw, VARLEN_SEQUENCES, VARLEN_TOKENS, VARLEN_SPREAD) for _ in range(VARLEN_BATCHES)]
     return [
-        ForwardShape(head_dim, causal, len(lengths), max(lengths), 2048 // head_dim, 2048 // head_dim, lengths=lengths)
+        AttentionShape(
+            head_dim, causal, len(lengths), max(lengths), 2048 // head_dim, 2048 // head_dim, lengths=lengths
+        )
         for head_dim in (64, 128)
         for causal in (False, True)
         for lengths in batches
     ]
 
 
-def _window_shapes() -> list[ForwardShape]:
+def _window_shapes() -> list[AttentionShape]:
     return [
-        ForwardShape(head_dim, False, 1, 16384, 2048 // head_dim, 2048 // head_dim, window=SLIDING_WINDOW)
+        AttentionShape(head_dim, False, 1, 16384, 2048 // head_dim, 2048 // head_dim, window=SLIDING_WINDOW)
         for head_dim in (64, 128)
     ]
 
 
+def _wide_key_shapes() -> list[AttentionShape]:
+    """Queries and keys of 192 columns, values of 128."""
+    return [
+        AttentionShape(192, causal, 2, seqlen, 128, 128, head_dim_v=128)
+        for causal in (False, True)
+        for seqlen in (4096, 8192)
+    ]
+
+
 #: One head group of 32/8, very long, and the length that its speed is compared with.
-LONGEST = ForwardShape(128, True, 1, 131072, 4, 1)
-_LONG = ForwardShape(128, True, 1, 32768, 4, 1)
+LONGEST = AttentionShape(128, True, 1, 131072, 4, 1)
+_LONG = AttentionShape(128, True, 1, 32768, 4, 1)
 
 
-def counterpart(shape: ForwardShape) -> ForwardShape | None:
+def counterpart(shape: AttentionShape) -> AttentionShape | None:
     """The shape that this one is timed beside, since it should be as fast for each visible pair; None: no other.
 
     A window's is the causal mask of the same length; that of a batch of different lengths has as many sequences, all
@@ -155,16 +181,17 @@ def counterpart(shape: ForwardShape) -> ForwardShape | None:
     return None
 
 
-SETS: dict[str, list[ForwardShape]] = {
+SETS: dict[str, list[AttentionShape]] = {
     "peers": _square_shapes((512, 1024, 2048, 4096, 8192, 16384)) + _grouped_shapes(),
     "bars": _square_shapes((8192,)),
     "quick": [shape for shape in _square_shapes((1024, 8192)) if shape.head_dim == 128],
     "b4": _window_shapes() + _varlen_shapes(),
     "b7": [LONGEST],
+    "c4": _wide_key_shapes(),
 }
 
 
-def select(words: str) -> list[ForwardShape]:
+def select(words: str) -> list[AttentionShape]:
     """Shapes by a comma-separated list: a set's name, then filters such as d128, causal, s8192.
 
     Filters of one kind widen the choice (d64,d128: either), of different kinds narrow it (d64,causal: both).

@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks import bars, forward, peers, report
 from benchmarks.forward import _checked_heads, _errors, _reference, failures
-from benchmarks.shapes import LONGEST, SETS, ForwardShape, counterpart, draw_lengths, select
+from benchmarks.shapes import LONGEST, SETS, AttentionShape, counterpart, draw_lengths, select
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,20 +26,21 @@ sides = st.integers(-1, 45)
 def test_visible_pairs_against_brute_force(causal, window, lens):
     options = AttentionOptions(causal=causal, window_size=window)
     expected = [int(visible_pairs(options, range(n), n, n).sum()) for n in lens]
-    assert ForwardShape(64, causal, len(lens), max(lens), 2, 1, window, lens).visible_pairs == sum(expected)
-    dense = ForwardShape(64, causal, 3, lens[0], 2, 1, window)
+    assert AttentionShape(64, causal, len(lens), max(lens), 2, 1, window, lens).visible_pairs == sum(expected)
+    dense = AttentionShape(64, causal, 3, lens[0], 2, 1, window)
     assert dense.visible_pairs == 3 * expected[0]
 
 
 @given(lengths, st.sampled_from([(False, (5, 0)), (False, (-1, -1)), (True, (-1, -1)), (True, (7, 3))]))
 def test_flops_count_visible_pairs(lens, mask):
-    shape = ForwardShape(64, mask[0], len(lens), max(lens), 6, 2, mask[1], lens)
+    shape = AttentionShape(64, mask[0], len(lens), max(lens), 6, 2, mask[1], lens)
     assert shape.flops == 4 * 64 * 6 * shape.visible_pairs
 
 
 def test_flops_of_plain_shapes_are_as_everybody_counts_them():
-    assert ForwardShape(128, False, 2, 1024, 8, 8).flops == 4 * 2 * 8 * 1024**2 * 128
-    assert ForwardShape(128, True, 2, 1024, 8, 8).flops == 2 * 2 * 8 * 1024**2 * 128
+    assert AttentionShape(128, False, 2, 1024, 8, 8).flops == 4 * 2 * 8 * 1024**2 * 128
+    assert AttentionShape(128, True, 2, 1024, 8, 8).flops == 2 * 2 * 8 * 1024**2 * 128
+    assert AttentionShape(192, False, 2, 1024, 8, 8, head_dim_v=128).flops == 2 * 2 * 8 * 1024**2 * (192 + 128)
 
 
 # -- sets ------------------------------------------------------------------------------------------------------------
@@ -105,13 +106,22 @@ def test_counterparts():
     assert counterpart(longest) == dataclasses.replace(longest, seqlen=32768)
 
 
+def test_keys_wider_than_values():
+    shapes = {(s.batch, s.heads_q, s.heads_kv, s.head_dims, s.seqlen, s.mask) for s in SETS["c4"]}
+    assert shapes == {(2, 128, 128, (192, 128), s, mask) for s in (4096, 8192) for mask in ("full", "causal")}
+    shape = SETS["c4"][0]
+    assert shape.input_shapes == ((2, 4096, 128, 192), (2, 4096, 128, 192), (2, 4096, 128, 128))
+    assert shape.out_shape == (2, 4096, 128, 128)
+    assert shape.name == "d192/128 full 2x4096 128/128"
+
+
 def test_selection():
     assert select("b4,window") == [shape for shape in SETS["b4"] if shape.mask == "window"]
     assert select("b4,d128,causal") == [
         shape for shape in SETS["b4"] if (shape.head_dim, shape.mask) == (128, "causal")
     ]
     assert select("b7") == [LONGEST]
-    with pytest.raises(ValueError, match=r"got 'wide'; it must be one of peers, bars, quick, b4, b7, full, causal, w"):
+    with pytest.raises(ValueError, match=r"got .wide.; it must be one of peers, bars, quick, b4, b7, c4, full, c"):
         select("wide")
 
 
@@ -121,9 +131,9 @@ def test_selection():
 @pytest.mark.parametrize(
     "shape",
     [
-        ForwardShape(8, False, 1, 40, 4, 2, window=(7, 0)),
-        ForwardShape(8, True, 3, 25, 4, 2, lengths=(1, 25, 9)),
-        ForwardShape(8, True, 2, 20, 4, 4),
+        AttentionShape(8, False, 1, 40, 4, 2, window=(7, 0)),
+        AttentionShape(8, True, 3, 25, 4, 2, lengths=(1, 25, 9)),
+        AttentionShape(8, True, 2, 20, 4, 4),
     ],
     ids=lambda shape: shape.name,
 )
@@ -131,8 +141,7 @@ def test_a_right_result_passes_and_another_masks_does_not(shape):
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func  # noqa: F401  what peers.py imports
 
     generator = torch.Generator().manual_seed(0)
-    heads = (shape.heads_q, shape.heads_kv, shape.heads_kv)
-    q, k, v = (torch.randn(shape.tensor_shape(n), generator=generator).bfloat16() for n in heads)
+    q, k, v = (torch.randn(size, generator=generator).bfloat16() for size in shape.input_shapes)
     expected = _reference(q, k, v, shape)
     assert len(expected) == len(_checked_heads(shape))
     errors = _errors(peers.BUILDERS[peers.OURS](q, k, v, shape)(), expected, shape)
@@ -143,16 +152,15 @@ def test_a_right_result_passes_and_another_masks_does_not(shape):
 
 def test_a_counterpart_takes_turns_with_its_shape(monkeypatch):
     """Ours takes 3 ms here and 4 ms on the counterpart, whose sequences are of equal length."""
-    shape = ForwardShape(8, True, 3, 18, 4, 2, lengths=(3, 18, 9))
+    shape = AttentionShape(8, True, 3, 18, 4, 2, lengths=(3, 18, 9))
     other = counterpart(shape)
 
     def inputs(which, dtype):
-        heads = (which.heads_q, which.heads_kv, which.heads_kv)
-        return [torch.randn(which.tensor_shape(count)).to(dtype) for count in heads]
+        return [torch.randn(size).to(dtype) for size in which.input_shapes]
 
     def time_in_turns(calls, rounds):
         outs = {name: call() for name, call in calls.items()}
-        assert outs["counterpart"].shape == other.tensor_shape(other.heads_q)
+        assert outs["counterpart"].shape == other.out_shape
         times = {peers.OURS: 3.0, "counterpart": 4.0}
         return {name: Timing((times[name],) * rounds) for name in calls}
 
@@ -179,7 +187,9 @@ def test_peers_refuse_what_they_would_compute_wrongly(peer, shape):
 # -- bars ------------------------------------------------------------------------------------------------------------
 
 
-def row(shape: ForwardShape, front: float = 1.2, cudnn: float = 1.2, fa4: float = 1.2, pair_time: float = 1.0) -> dict:
+def row(
+    shape: AttentionShape, front: float = 1.2, cudnn: float = 1.2, fa4: float = 1.2, pair_time: float = 1.0
+) -> dict:
     """A result in which this package has these speeds in units of its peers'."""
     other = counterpart(shape)
     beside = {} if other is None else {"counterpart": {"name": other.name, "relative_pair_time": pair_time}}
