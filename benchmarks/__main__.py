@@ -5,6 +5,9 @@
     python -m benchmarks --suite fwd --shapes b4 --peers fa4    a window, and batches of different lengths
     python -m benchmarks --suite fwd --shapes b7 --peers fa4    131072 tokens
     python -m benchmarks --suite fwd --shapes d128,causal --peers cudnn
+    python -m benchmarks --suite bwd                        gradients of the same 39 shapes
+    python -m benchmarks --suite bwd --shapes c4            keys of 192 columns, values of 128
+    python -m benchmarks --suite fwd+bwd                    both passes together
     python -m benchmarks --suite overhead                   host time per call
     python -m benchmarks --suite compile --preset core      build time and memory; needs no GPU
 
@@ -28,10 +31,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=("fwd", "overhead", "compile"), required=True)
+    parser.add_argument("--suite", choices=("fwd", "bwd", "fwd+bwd", "overhead", "compile"), required=True)
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/SUITE.json")
     parser.add_argument("--commit", metavar="TEXT", help="names the measured sources where this is no git clone")
-    timed = parser.add_argument_group("fwd and overhead")
+    timed = parser.add_argument_group("fwd, bwd, fwd+bwd and overhead")
     timed.add_argument(
         "--shapes", default="peers", help="a set (peers, bars, quick, b4, b7, c4) and filters (d128, causal, s8192)"
     )
@@ -53,13 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     failed: list[str] = []
     try:
-        if options.suite == "fwd":
-            from . import forward
+        if options.suite in ("fwd", "bwd", "fwd+bwd"):
+            from . import backward, comparison, forward
 
+            passes = {what.suite: what for what in (forward.Forward, backward.Backward, backward.ForwardBackward)}
             dtype = getattr(torch, options.dtype)
             chosen, peer_names = shapes.select(options.shapes), peers.select(options.peers)
-            result = forward.measure(chosen, peer_names, dtype, options.rounds)
-            failed = forward.failures(result)
+            result = comparison.measure(passes[options.suite](), chosen, peer_names, dtype, options.rounds)
+            failed = comparison.failures(result)
         elif options.suite == "overhead":
             from . import overhead
 

@@ -1,4 +1,4 @@
-"""The speeds that are demanded, and whether a result of the suite fwd reaches them.
+"""What is demanded of the results of each suite, and whether they reach it.
 
 A bar over a set of shapes is judged only where all of them were measured beside all of the peers that it names.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import peers
-from .shapes import LONGEST, SETS
+from .shapes import LONGEST, SETS, AttentionShape
 
 Row = dict[str, Any]
 
@@ -29,6 +29,13 @@ MOST_DENSE_TIME = 1.25
 #: Speed of the longest shape in units of its counterpart's.
 LEAST_LONG_RATIO = 0.98
 
+#: The backward pass in units of the front: mean and least over all shapes, mean at head dim 256.
+LEAST_BACKWARD_MEAN, LEAST_BACKWARD, LEAST_BACKWARD_D256 = 1.05, 0.97, 1.15
+#: Its deterministic mode in units of the default: mean over shapes of at least so many keys.
+LEAST_DETERMINISTIC, DETERMINISTIC_SEQLEN = 0.92, 2048
+#: Its speed for keys wider than values, in units of the better one of cuDNN and FlashAttention-4.
+LEAST_WIDE_KEYS = 1.1
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -39,15 +46,28 @@ class Verdict:
     text: str
 
 
-def judge(rows: Sequence[Row]) -> list[Verdict]:
-    """The verdicts on all bars that these rows allow."""
-    return [*_errors(rows), *_cudnn(rows), *_front(rows), *_masks_and_lengths(rows), *_longest(rows)]
+def judge(suite: str, rows: Sequence[Row]) -> list[Verdict]:
+    """The verdicts on all of a suite's bars that these rows allow."""
+    return [*_errors(rows), *(verdict for bar in _BARS[suite] for verdict in bar(rows))]
 
 
 def _errors(rows: Iterable[Row]) -> list[Verdict]:
-    """Wrong results only: right ones go without saying."""
-    wrong = [(row["name"], row["results"][peers.OURS]) for row in rows if row["results"][peers.OURS]["wrong"]]
-    return [Verdict("error", False, f"{name}: relative error {ours['relative_error']:.1e}") for name, ours in wrong]
+    """What this package computes wrongly or not at all: right results go without saying."""
+    found = []
+    for row in rows:
+        for name in peers.OWN:
+            entry = row["results"].get(name, {})
+            text = f"{row['name']}, {peers.LABELS[name]}"
+            if "unavailable" in entry:
+                found.append(Verdict("missing", False, f"{text}: {entry['unavailable']}"))
+            elif entry.get("wrong"):
+                found.append(Verdict("error", False, f"{text}: relative error {entry['relative_error']:.1e}"))
+            if not entry.get("repeats", True):
+                found.append(Verdict("error", False, f"{text}: two runs differ"))
+    return found
+
+
+# -- the forward pass ------------------------------------------------------------------------------------
 
 
 def _cudnn(rows: Iterable[Row]) -> list[Verdict]:
@@ -60,19 +80,31 @@ def _cudnn(rows: Iterable[Row]) -> list[Verdict]:
 
 
 def _front(rows: Iterable[Row]) -> list[Verdict]:
-    by_name = {row["name"]: row for row in rows if all(peer in row["ratios"] for peer in FRONT)}
-    shapes = SETS["peers"]
-    if any(shape.name not in by_name for shape in shapes):
+    ratios = _front_ratios(rows)
+    if not ratios:
         return []
-    ratios = {shape: by_name[shape.name]["front"]["ratio"] for shape in shapes}
-    slowest = min(shapes, key=ratios.__getitem__)
     d64 = [ratio for shape, ratio in ratios.items() if shape.head_dim == 64]
     short = [ratio for shape, ratio in ratios.items() if shape.seqlen <= 1024]
     return [
-        _at_least("B1", f"{len(shapes)} shapes, geometric mean x front", _mean(ratios.values()), LEAST_FRONT_MEAN),
-        _at_least("B1", f"the least, {slowest.name}, x front", ratios[slowest], LEAST_FRONT),
+        *_mean_and_least("B1", ratios, LEAST_FRONT_MEAN, LEAST_FRONT),
         _at_least("B2", "head dim 64, geometric mean x front", _mean(d64), LEAST_FRONT_D64),
         _at_least("B3", "S = 512 and 1024, geometric mean x front", _mean(short), LEAST_FRONT_SHORT),
+    ]
+
+
+def _front_ratios(rows: Iterable[Row]) -> dict[AttentionShape, float]:
+    """Of the set "peers"; empty where a shape or a peer is missing."""
+    by_name = {row["name"]: row for row in rows if all(peer in row["ratios"] for peer in FRONT)}
+    if any(shape.name not in by_name for shape in SETS["peers"]):
+        return {}
+    return {shape: by_name[shape.name]["front"]["ratio"] for shape in SETS["peers"]}
+
+
+def _mean_and_least(bar: str, ratios: dict[AttentionShape, float], mean: float, least: float) -> list[Verdict]:
+    slowest = min(ratios, key=ratios.__getitem__)
+    return [
+        _at_least(bar, f"{len(ratios)} shapes, geometric mean x front", _mean(ratios.values()), mean),
+        _at_least(bar, f"the least, {slowest.name}, x front", ratios[slowest], least),
     ]
 
 
@@ -103,6 +135,50 @@ def _longest(rows: Iterable[Row]) -> list[Verdict]:
         )
         for row in found
     ]
+
+
+# -- the backward pass -----------------------------------------------------------------------------------
+
+
+def _backward_front(rows: Iterable[Row]) -> list[Verdict]:
+    ratios = _front_ratios(rows)
+    if not ratios:
+        return []
+    d256 = [ratio for shape, ratio in ratios.items() if shape.head_dim == 256]
+    return [
+        *_mean_and_least("C1", ratios, LEAST_BACKWARD_MEAN, LEAST_BACKWARD),
+        _at_least("C2", "head dim 256, geometric mean x front", _mean(d256), LEAST_BACKWARD_D256),
+    ]
+
+
+def _deterministic(rows: Iterable[Row]) -> list[Verdict]:
+    by_name = {row["name"]: row["ratios"].get(peers.DETERMINISTIC) for row in rows}
+    shapes = [shape for shape in SETS["peers"] if shape.seqlen >= DETERMINISTIC_SEQLEN]
+    if not all(by_name.get(shape.name) for shape in shapes):
+        return []
+    mean = 1.0 / _mean(by_name[shape.name] for shape in shapes)
+    text = f"deterministic, {len(shapes)} shapes with S >= {DETERMINISTIC_SEQLEN}, geometric mean x default"
+    return [_at_least("C3", text, mean, LEAST_DETERMINISTIC)]
+
+
+def _wide_keys(rows: Iterable[Row]) -> list[Verdict]:
+    """Against whichever of the peers takes these shapes; the text names it."""
+    names = {shape.name for shape in SETS["c4"]}
+    verdicts = []
+    for row in rows:
+        ratios = {peer: row["ratios"][peer] for peer in FRONT if peer in row["ratios"]}
+        if row["name"] in names and ratios and all(peer in row["results"] for peer in FRONT):
+            best = min(ratios, key=ratios.__getitem__)
+            text = f"{row['name']}, x {peers.LABELS[best]}, the better of {len(ratios)}"
+            verdicts.append(_at_least("C4", text, ratios[best], LEAST_WIDE_KEYS))
+    return verdicts
+
+
+_BARS: dict[str, tuple[Callable[[Sequence[Row]], list[Verdict]], ...]] = {
+    "fwd": (_cudnn, _front, _masks_and_lengths, _longest),
+    "bwd": (_backward_front, _deterministic, _wide_keys),
+    "fwd+bwd": (),
+}
 
 
 def _at_least(bar: str, text: str, value: float, least: float) -> Verdict:

@@ -1,7 +1,7 @@
-"""Who is measured: this package and its peers, each as a call on the same memory.
+"""Who is measured: this package and its peers, each as a call of the forward pass on the same memory.
 
-That is (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) where the lengths differ. A peer that does not
-take a shape raises NotImplementedError.
+That is (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) where the lengths differ. The result can be
+differentiated where q, k and v require gradients. A peer that does not take a shape raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from .shapes import UNLIMITED, AttentionShape
 Call = Callable[[], torch.Tensor]
 Builder = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionShape], Call]
 
-OURS = "ours"
+#: This package's versions; they differ in the backward pass.
+OURS, DETERMINISTIC = OWN = ("ours", "deterministic")
 
 
-def _ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+def _own(deterministic: bool) -> Builder:
+    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShape) -> Call:
+        from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    options = {"causal": shape.causal, "window_size": shape.window}
-    if shape.is_varlen:
-        return functools.partial(flash_attn_varlen_func, q, k, v, **_packed(shape, q.device), **options)
-    return functools.partial(flash_attn_func, q, k, v, **options)
+        options = {"causal": shape.causal, "window_size": shape.window, "deterministic": deterministic}
+        if shape.is_varlen:
+            return functools.partial(flash_attn_varlen_func, q, k, v, **packed(shape, q.device), **options)
+        return functools.partial(flash_attn_func, q, k, v, **options)
+
+    return build
 
 
-def _packed(shape: AttentionShape, device: torch.device) -> dict[str, Any]:
+def packed(shape: AttentionShape, device: torch.device) -> dict[str, Any]:
     """The arguments that say where the sequences of a batch begin."""
     offsets = torch.tensor([0, *itertools.accumulate(shape.lengths)], dtype=torch.int32, device=device)
     longest = max(shape.lengths)
@@ -78,10 +82,13 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionSha
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    from torch._functorch import config as functorch_config
     from torch.nn.attention.flex_attention import flex_attention
 
     # Each shape gets its own code; without the larger limit, later shapes would run uncompiled.
     torch._dynamo.config.recompile_limit = 256
+    # A backward pass that may overwrite what the forward pass saved refuses to run again on the same graph.
+    functorch_config.donated_buffer = False
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -93,7 +100,7 @@ def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShap
         options["window_size"] = tuple(None if side == UNLIMITED else side for side in shape.window)
     function = flash_attn_func
     if shape.is_varlen:
-        function, options = flash_attn_varlen_func, options | _packed(shape, q.device)
+        function, options = flash_attn_varlen_func, options | packed(shape, q.device)
 
     def call() -> torch.Tensor:
         result = function(q, k, v, **options)
@@ -103,7 +110,8 @@ def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: AttentionShap
 
 
 BUILDERS: dict[str, Builder] = {
-    OURS: _ours,
+    OURS: _own(deterministic=False),
+    DETERMINISTIC: _own(deterministic=True),
     "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "flash": _sdpa(SDPBackend.FLASH_ATTENTION),
     "flex": _flex,
@@ -111,6 +119,7 @@ BUILDERS: dict[str, Builder] = {
 }
 LABELS = {
     OURS: "this package",
+    DETERMINISTIC: "this package, deterministic",
     "cudnn": "cuDNN (torch SDPA)",
     "flash": "flash (torch SDPA)",
     "flex": "flex_attention",
@@ -123,74 +132,7 @@ def select(words: str) -> list[str]:
     """Peers by a comma-separated list of names; raises ValueError for an unknown one."""
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
-        if name not in BUILDERS or name == OURS:
-            allowed = ", ".join(peer for peer in BUILDERS if peer != OURS)
+        if name not in BUILDERS or name in OWN:
+            allowed = ", ".join(peer for peer in BUILDERS if peer not in OWN)
             raise ValueError(f"--peers: got {name!r}; it must be among {allowed}")
     return names
-
-
-#: TFLOP/s of FlashAttention-3 (main of August 2026, nvcc 13.0) and of cuDNN 9.19 in one run on an H200, 2026-11-21,
-#: bf16, 16k tokens (the last row of head dim 128: 32k). FlashAttention-3 has no wheel that a benchmark could install;
-#: what it would reach in another run is estimated as cuDNN in that run times this ratio.
-_MEASURED: dict[tuple[int, str], dict[tuple[int, int, int], tuple[int, int]]] = {
-    # (head dim, mask): {(seqlen, heads_q, heads_kv): (FlashAttention-3, cuDNN)}
-    (64, "full"): {
-        (512, 32, 32): (327, 382),
-        (1024, 32, 32): (369, 422),
-        (2048, 32, 32): (462, 448),
-        (4096, 32, 32): (471, 455),
-        (8192, 32, 32): (513, 448),
-        (16384, 32, 32): (520, 456),
-    },
-    (64, "causal"): {
-        (512, 32, 32): (221, 258),
-        (1024, 32, 32): (292, 334),
-        (2048, 32, 32): (392, 386),
-        (4096, 32, 32): (432, 420),
-        (8192, 32, 32): (487, 433),
-        (16384, 32, 32): (504, 436),
-    },
-    (128, "full"): {
-        (512, 16, 16): (494, 505),
-        (1024, 16, 16): (593, 570),
-        (2048, 16, 16): (631, 618),
-        (4096, 16, 16): (640, 603),
-        (8192, 16, 16): (658, 642),
-        (16384, 16, 16): (669, 590),
-    },
-    (128, "causal"): {
-        (512, 16, 16): (278, 331),
-        (1024, 16, 16): (445, 424),
-        (2048, 16, 16): (545, 470),
-        (4096, 16, 16): (582, 507),
-        (8192, 16, 16): (625, 543),
-        (16384, 16, 16): (648, 544),
-        (4096, 64, 8): (605, 520),
-        (8192, 32, 8): (631, 546),
-        (32768, 32, 8): (667, 578),
-    },
-    (256, "full"): {
-        (512, 8, 8): (489, 512),
-        (1024, 8, 8): (610, 590),
-        (2048, 8, 8): (663, 629),
-        (4096, 8, 8): (694, 671),
-        (8192, 8, 8): (708, 650),
-        (16384, 8, 8): (723, 680),
-    },
-    (256, "causal"): {
-        (512, 8, 8): (246, 337),
-        (1024, 8, 8): (455, 441),
-        (2048, 8, 8): (556, 512),
-        (4096, 8, 8): (595, 565),
-        (8192, 8, 8): (673, 584),
-        (16384, 8, 8): (694, 599),
-    },
-}
-
-
-def fa3_over_cudnn(shape: AttentionShape) -> float | None:
-    """How much faster FlashAttention-3 was than cuDNN on this shape, or None where that was not measured."""
-    if not shape.is_plain:
-        return None
-    row = _MEASURED.get((shape.head_dim, shape.mask), {}).get((shape.seqlen, shape.heads_q, shape.heads_kv))
-    return row[0] / row[1] if row else None

@@ -72,32 +72,53 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _forward_table(result: Result) -> str:
-    names = [peers.OURS, *result["settings"]["peers"]]
+#: Suites that compare passes of attention -> their titles.
+_PASSES = {"fwd": "Forward pass", "bwd": "Backward pass", "fwd+bwd": "Forward and backward pass"}
+
+
+def _pass_table(result: Result) -> str:
+    names = _versions(result)
     header = ["TFLOP/s", *(peers.LABELS[name] for name in names), peers.LABELS["fa3"], "/ cuDNN", "/ front", "error"]
     rows = []
     for row in result["rows"]:
         estimate, front = row["fa3_equivalent_tflops"], row.get("front")
+        error = row["results"][peers.OURS].get("max_error")
         rows.append([
             row["name"],
             *(_speed(row["results"][name]) for name in names),
             "" if estimate is None else f"{estimate:.0f}",
-            f"{row['ratios']['cudnn']:.2f}" if "cudnn" in row["ratios"] else "",
+            _ratio(row, "cudnn"),
             "" if front is None else f"{front['ratio']:.2f} ({front['name']})",
-            f"{row['results'][peers.OURS]['max_error']:.1e}",
+            "" if error is None else f"{error:.1e}",
         ])  # fmt: skip
     if any("counterpart" in row for row in result["rows"]):
         header += ["/ FlashAttention-4", "time for a pair / counterpart"]
         for cells, row in zip(rows, result["rows"], strict=True):
             beside = row.get("counterpart")
-            cells.append(f"{row['ratios']['fa4']:.2f}" if "fa4" in row["ratios"] else "")
+            cells.append(_ratio(row, "fa4"))
             cells.append("" if beside is None else f"{beside['relative_pair_time']:.2f} ({beside['name']})")
     note = (
         "Mean of the medians of all rounds, ± half their distance. FlashAttention-3 equivalent: cuDNN here times the "
         "ratio of the two in an earlier run. Front: the best of FlashAttention-3 equivalent, cuDNN and "
         "FlashAttention-4. Error: largest difference to float64."
     )
+    if peers.DETERMINISTIC in names:
+        header += ["/ deterministic", "scratch, MB"]
+        for cells, row in zip(rows, result["rows"], strict=True):
+            scratch = row["scratch_bytes"][peers.OURS]
+            cells += [_ratio(row, peers.DETERMINISTIC), "" if scratch is None else f"{scratch / 1e6:.0f}"]
+        note += " Scratch: what this package's kernels are given beside inputs and results."
     return "\n\n".join([_table(header, rows), note, *_bars(result)])
+
+
+def _versions(result: Result) -> list[str]:
+    """This package's versions and the peers, in the order of the table."""
+    own = [name for name in peers.OWN if any(name in row["results"] for row in result["rows"])]
+    return [*own, *result["settings"]["peers"]]
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    return f"{row['ratios'][name]:.2f}" if name in row["ratios"] else ""
 
 
 def _bars(result: Result) -> list[str]:
@@ -141,7 +162,7 @@ def _compile_table(result: Result) -> str:
 
 
 _TABLES: dict[str, Callable[[Result], str]] = {
-    "fwd": _forward_table,
+    **dict.fromkeys(_PASSES, _pass_table),
     "overhead": _overhead_table,
     "compile": _compile_table,
 }
@@ -163,8 +184,8 @@ def update_readme(result: Result, name: str, readme: Path) -> None:
 
 def plot(result: Result, path: Path) -> None:
     """Draw TFLOP/s over the sequence length, one panel per head dim and mask; without grouped heads."""
-    if result["suite"] != "fwd":
-        raise ValueError(f"suite {result['suite']} has no plot; only fwd has")
+    if result["suite"] not in _PASSES:
+        raise ValueError(f"suite {result['suite']} has no plot; only {', '.join(_PASSES)} have")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +199,7 @@ def plot(result: Result, path: Path) -> None:
     figure, axes = pyplot.subplots(len(masks), len(head_dims), figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, (causal, head_dim) in zip(axes.flat, itertools.product(masks, head_dims), strict=True):
         rows = [row for row in square if (row["shape"]["causal"], row["shape"]["head_dim"]) == (causal, head_dim)]
-        for name in [peers.OURS, *result["settings"]["peers"]]:
+        for name in _versions(result):
             points = [(row["shape"]["seqlen"], row["results"][name].get("tflops", math.nan)) for row in rows]
             width = 2.5 if name == peers.OURS else 1.2
             axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=peers.LABELS[name])
@@ -188,7 +209,8 @@ def plot(result: Result, path: Path) -> None:
     axes.flat[0].set_ylim(bottom=0)  # shared; after the last curve, since it ends autoscaling
     figure.supxlabel("sequence length")
     figure.supylabel("TFLOP/s")
-    figure.suptitle(f"Forward pass, {result['settings']['dtype'].removeprefix('torch.')}, {result['device']['name']}")
+    dtype = result["settings"]["dtype"].removeprefix("torch.")
+    figure.suptitle(f"{_PASSES[result['suite']]}, {dtype}, {result['device']['name']}")
     axes.flat[0].legend(fontsize="small", loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 #: Tokens of a batch in the usual sets: short sequences come in larger batches.
 TOKENS = 16384
+#: Operations of the backward pass in units of the forward pass's, as everybody counts them: five products for two.
+BACKWARD_FLOPS = 2.5
 #: A window side that does not limit anything.
 UNLIMITED = -1
 

@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
-from benchmarks import bars, forward, peers, report
-from benchmarks.forward import _checked_heads, _errors, _reference, failures
+from benchmarks import bars, comparison, fa3, peers, report
+from benchmarks.comparison import errors, failures
+from benchmarks.forward import Forward, _checked_heads
 from benchmarks.shapes import LONGEST, SETS, AttentionShape, counterpart, draw_lengths, select
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def test_the_usual_set():
     assert len(SETS["peers"]) == 39
     for shape in SETS["peers"]:
         assert shape.is_plain and counterpart(shape) is None
-        assert peers.fa3_over_cudnn(shape) is not None
+        assert fa3.forward_ratio(shape) is not None
         tokens = shape.batch * shape.seqlen
         assert tokens == (32768 if shape.seqlen == 32768 else 16384)
 
@@ -142,12 +143,14 @@ def test_a_right_result_passes_and_another_masks_does_not(shape):
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(size, generator=generator).bfloat16() for size in shape.input_shapes)
-    expected = _reference(q, k, v, shape)
-    assert len(expected) == len(_checked_heads(shape))
-    errors = _errors(peers.BUILDERS[peers.OURS](q, k, v, shape)(), expected, shape)
-    assert not errors["wrong"] and errors["relative_error"] < 1e-2
+    what = Forward()
+    expected = what.reference((q, k, v), shape)
+    rows = sum(shape.lengths[sequence] if shape.is_varlen else shape.seqlen for sequence, _ in _checked_heads(shape))
+    assert expected[0].shape == (rows, shape.head_dim)
+    found = errors(what.checked(what.call(peers.OURS, (q, k, v), shape)(), shape), expected)
+    assert not found["wrong"] and found["relative_error"] < 1e-2
     other = dataclasses.replace(shape, causal=not shape.causal, window=(-1, -1))
-    assert _errors(peers.BUILDERS[peers.OURS](q, k, v, other)(), expected, shape)["wrong"]
+    assert errors(what.checked(what.call(peers.OURS, (q, k, v), other)(), shape), expected)["wrong"]
 
 
 def test_a_counterpart_takes_turns_with_its_shape(monkeypatch):
@@ -155,18 +158,15 @@ def test_a_counterpart_takes_turns_with_its_shape(monkeypatch):
     shape = AttentionShape(8, True, 3, 18, 4, 2, lengths=(3, 18, 9))
     other = counterpart(shape)
 
-    def inputs(which, dtype):
-        return [torch.randn(size).to(dtype) for size in which.input_shapes]
-
     def time_in_turns(calls, rounds):
         outs = {name: call() for name, call in calls.items()}
-        assert outs["counterpart"].shape == other.out_shape
+        assert outs["counterpart"][0].shape == other.out_shape
         times = {peers.OURS: 3.0, "counterpart": 4.0}
         return {name: Timing((times[name],) * rounds) for name in calls}
 
-    monkeypatch.setattr(forward, "_inputs", inputs)
-    monkeypatch.setattr(forward, "time_in_turns", time_in_turns)
-    row = forward.measure_shape(shape, [peers.OURS, "cudnn", "fa4"], torch.bfloat16, rounds=2)
+    monkeypatch.setattr(comparison, "DEVICE", "cpu")
+    monkeypatch.setattr(comparison, "time_in_turns", time_in_turns)
+    row = comparison.measure_shape(Forward(), shape, ["cudnn", "fa4"], torch.bfloat16, rounds=2)
     assert row["results"][peers.OURS]["ms"] == 3.0 and not row["results"][peers.OURS]["wrong"]
     assert set(row["results"]) == {peers.OURS, "cudnn", "fa4"} and row["ratios"] == {}
     assert row["results"]["cudnn"]["unavailable"].startswith("NotImplementedError")
@@ -204,12 +204,12 @@ def row(
 
 
 def failed(rows: list[dict]) -> list[str]:
-    return [verdict.bar for verdict in bars.judge(rows) if not verdict.holds]
+    return [verdict.bar for verdict in bars.judge("fwd", rows) if not verdict.holds]
 
 
 def test_all_bars_hold_at_good_speeds():
     rows = [row(shape) for name in ("peers", "b4", "b7") for shape in SETS[name]]
-    verdicts = bars.judge(rows)
+    verdicts = bars.judge("fwd", rows)
     assert {verdict.bar for verdict in verdicts} == {"cudnn", "B1", "B2", "B3", "B4", "B7"}
     assert all(verdict.holds for verdict in verdicts)
 
@@ -221,7 +221,7 @@ def test_means_over_the_front():
     assert failed([row(shape, front=1.04 if shape.seqlen > 1024 else 1.2) for shape in shapes]) == ["B2"]
     assert failed([row(shape, front=1.04) for shape in shapes]) == ["B1", "B2", "B3"]
     one_slow = [row(shape, front=0.96 if shape.seqlen == 32768 else 1.2) for shape in shapes]
-    (verdict,) = [verdict for verdict in bars.judge(one_slow) if not verdict.holds]
+    (verdict,) = [verdict for verdict in bars.judge("fwd", one_slow) if not verdict.holds]
     assert verdict.bar == "B1" and verdict.text.endswith("d128 causal 1x32768 32/8, x front: 0.960, at least 0.97")
 
 
@@ -249,9 +249,9 @@ def test_the_longest_sequence():
 def test_wrong_results_and_slow_shapes_fail():
     result = row(SETS["bars"][0], cudnn=0.94)
     result["results"][peers.OURS] = {"wrong": True, "relative_error": 0.5}
-    verdicts = [dataclasses.asdict(verdict) for verdict in bars.judge([result])]
+    verdicts = [dataclasses.asdict(verdict) for verdict in bars.judge("fwd", [result])]
     assert failures({"bars": verdicts}) == [
-        "error: d64 full 2x8192 32/32: relative error 5.0e-01",
+        "error: d64 full 2x8192 32/32, this package: relative error 5.0e-01",
         "cudnn: d64 full 2x8192 32/32, x cuDNN: 0.940, at least 0.95",
     ]
 
@@ -261,8 +261,8 @@ def test_the_report_shows_counterparts_and_bars():
     speeds = {"tflops": 500.0, "spread": 0.01, "wrong": False, "max_error": 1e-3}
     result["results"] = {peers.OURS: speeds, "fa4": speeds}
     result["fa3_equivalent_tflops"] = None
-    verdicts = [dataclasses.asdict(verdict) for verdict in bars.judge([result])]
-    text = report._forward_table({"rows": [result], "settings": {"peers": ["fa4"]}, "bars": verdicts})
+    verdicts = [dataclasses.asdict(verdict) for verdict in bars.judge("fwd", [result])]
+    text = report._pass_table({"rows": [result], "settings": {"peers": ["fa4"]}, "bars": verdicts})
     assert "| 1.20 | 1.30 (d64 causal 1x16384 32/32) |" in text
     assert "- B4: d64 window 1024,0 1x16384 32/32, x FlashAttention-4: 1.200, at least 1.1: yes" in text
     assert "time for a pair x dense: 1.300, at most 1.25: **no**" in text
