@@ -10,6 +10,7 @@
     python -m benchmarks --suite fwd+bwd                    both passes together
     python -m benchmarks --suite overhead                   host time per call
     python -m benchmarks --suite compile --preset core      build time and memory; needs no GPU
+    python -m benchmarks --suite compile --preset all --family bwd    of all backward kernels
 
 The exit status is 1 where a result is wrong, or below the speed that bars.py demands.
 `python -m benchmarks.report FILE --markdown` shows a file, `--plot` draws it, `--readme` puts it into README.md.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, peers, shapes
+from . import bars, machine, peers, shapes
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     built = parser.add_argument_group("compile")
     built.add_argument("--preset", default="core", help="core, all, or a file of kernel names; default: core")
     built.add_argument("--kernel", action="append", default=[], metavar="NAME", help="instead; may be repeated")
+    built.add_argument("--family", choices=("fwd", "bwd"), help="only kernels of this pass")
     built.add_argument("--jobs", type=int, help="compilers at once; 1 for undisturbed times of single kernels")
     return parser.parse_args(arguments)
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype = getattr(torch, options.dtype)
             chosen, peer_names = shapes.select(options.shapes), peers.select(options.peers)
             result = comparison.measure(passes[options.suite](), chosen, peer_names, dtype, options.rounds)
-            failed = comparison.failures(result)
+            failed = bars.failures(result)
         elif options.suite == "overhead":
             from . import overhead
 
@@ -72,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from . import compilation
 
-            result = compilation.measure(options.preset, options.kernel, options.jobs)
+            families = [options.family] if options.family else compilation.FAMILIES
+            result = compilation.measure(options.preset, options.kernel, options.jobs, families)
+            failed = bars.failures(result)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,12 @@ LEAST_DETERMINISTIC, DETERMINISTIC_SEQLEN = 0.92, 2048
 #: Its speed for keys wider than values, in units of the better one of cuDNN and FlashAttention-4.
 LEAST_WIDE_KEYS = 1.1
 
+#: What compiling the kernels of one backward pass may take: seconds of one core, and resident memory.
+MOST_COMPILE_SECONDS, MOST_COMPILE_BYTES = 10.0, 1_200_000_000
+#: Backward kernels that may spill -> bytes of stores and loads. A softcap and ordered additions need two registers too
+#: many there.
+SPILLS = {"bwd_bf16_d128_full_dense_softcap_ordered_m64n128s2": 32}
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -46,9 +52,14 @@ class Verdict:
     text: str
 
 
+def failures(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a judged result."""
+    return [f"{bar['bar']}: {bar['text']}" for bar in result["bars"] if not bar["holds"]]
+
+
 def judge(suite: str, rows: Sequence[Row]) -> list[Verdict]:
     """The verdicts on all of a suite's bars that these rows allow."""
-    return [*_errors(rows), *(verdict for bar in _BARS[suite] for verdict in bar(rows))]
+    return [verdict for bar in _BARS[suite] for verdict in bar(rows)]
 
 
 def _errors(rows: Iterable[Row]) -> list[Verdict]:
@@ -119,8 +130,7 @@ def _masks_and_lengths(rows: Iterable[Row]) -> list[Verdict]:
                 _at_least("B4", f"{row['name']}, x FlashAttention-4", row["ratios"]["fa4"], LEAST_FA4_RATIO)
             )
         time = row["counterpart"]["relative_pair_time"]
-        text = f"{row['name']}, time for a pair x dense"
-        verdicts.append(Verdict("B4", time <= MOST_DENSE_TIME, f"{text}: {time:.3f}, at most {MOST_DENSE_TIME}"))
+        verdicts.append(_at_most("B4", f"{row['name']}, time for a pair x dense", time, MOST_DENSE_TIME))
     return verdicts
 
 
@@ -174,15 +184,46 @@ def _wide_keys(rows: Iterable[Row]) -> list[Verdict]:
     return verdicts
 
 
+# -- compilation -----------------------------------------------------------------------------------------
+
+
+def _backward_kernels(rows: Iterable[Row]) -> list[Verdict]:
+    rows = [row for row in rows if row["name"].startswith("bwd_")]
+    if not rows:
+        return []
+    slowest = max(rows, key=lambda row: row["compile_cpu_seconds"])
+    largest = max(rows, key=lambda row: row["compile_peak_bytes"])
+    seconds, peak = slowest["compile_cpu_seconds"], largest["compile_peak_bytes"]
+    spilling = [row["name"] for row in rows if not _spilled(row) <= SPILLS.get(row["name"], 0)]
+    excepted = sum(row["name"] in SPILLS for row in rows)
+    spills = f"{len(rows)} backward kernels, {excepted} of them excepted, without spills"
+    return [
+        _at_most("C6", f"{slowest['name']}, the slowest to compile, s of CPU time", seconds, MOST_COMPILE_SECONDS),
+        _at_most("C6", f"{largest['name']}, the largest to compile, GB", peak / 1e9, MOST_COMPILE_BYTES / 1e9),
+        Verdict("C6", not spilling, f"{spills}: but for {', '.join(spilling)}" if spilling else spills),
+    ]
+
+
+def _spilled(row: Row) -> float:
+    """Bytes of stores and loads; NaN where the compiler did not say."""
+    parts = (row["spill_store_bytes"], row["spill_load_bytes"])
+    return math.nan if None in parts else sum(parts)
+
+
 _BARS: dict[str, tuple[Callable[[Sequence[Row]], list[Verdict]], ...]] = {
-    "fwd": (_cudnn, _front, _masks_and_lengths, _longest),
-    "bwd": (_backward_front, _deterministic, _wide_keys),
-    "fwd+bwd": (),
+    "fwd": (_errors, _cudnn, _front, _masks_and_lengths, _longest),
+    "bwd": (_errors, _backward_front, _deterministic, _wide_keys),
+    "fwd+bwd": (_errors,),
+    "compile": (_backward_kernels,),
 }
 
 
 def _at_least(bar: str, text: str, value: float, least: float) -> Verdict:
     return Verdict(bar, value >= least, f"{text}: {value:.3f}, at least {least}")
+
+
+def _at_most(bar: str, text: str, value: float, most: float) -> Verdict:
+    return Verdict(bar, value <= most, f"{text}: {value:.3f}, at most {most}")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -191,8 +191,3 @@ def _summary(row: dict[str, Any]) -> str:
         else:
             parts.append(f"{name} unavailable")
     return ", ".join(parts)
-
-
-def failures(result: dict[str, Any]) -> list[str]:
-    """What is wrong with a result: errors too large, or below the speed that is demanded."""
-    return [f"{bar['bar']}: {bar['text']}" for bar in result["bars"] if not bar["holds"]]

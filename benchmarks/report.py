@@ -152,13 +152,20 @@ def _compile_table(result: Result) -> str:
         for row in result["rows"]
     ]
     table = _table(["kernel", "s", "GB", "registers", "spilled bytes", "KiB"], rows)
-    largest = max((row["compile_peak_bytes"] for row in result["rows"]), default=0) / 1e9
-    slowest = max((row["compile_seconds"] for row in result["rows"]), default=0)
-    total = (
-        f"{len(rows)} kernels in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time; "
-        f"the slowest takes {slowest:.1f} s, the largest {largest:.2f} GB."
-    )
-    return f"{total}\n\n<details><summary>Each kernel</summary>\n\n{table}\n\n</details>"
+    total = f"{len(rows)} kernels in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time"
+    costs = [_compile_costs(result["rows"], family) for family in ("forward", "backward")]
+    parts = ["; ".join([total, *filter(None, costs)]) + ".", *_bars(result)]
+    return "\n\n".join([*parts, f"<details><summary>Each kernel</summary>\n\n{table}\n\n</details>"])
+
+
+def _compile_costs(rows: Sequence[dict[str, Any]], family: str) -> str:
+    """The worst of the kernels of a pass; empty where there is none."""
+    rows = [row for row in rows if row["name"].startswith({"forward": "fwd_", "backward": "bwd_"}[family])]
+    if not rows:
+        return ""
+    largest = max(row["compile_peak_bytes"] for row in rows) / 1e9
+    slowest = max(row["compile_seconds"] for row in rows)
+    return f"of the {len(rows)} {family} kernels the slowest takes {slowest:.1f} s, the largest {largest:.2f} GB"
 
 
 _TABLES: dict[str, Callable[[Result], str]] = {

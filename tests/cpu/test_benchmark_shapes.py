@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 from benchmarks import bars, comparison, fa3, peers, report
-from benchmarks.comparison import errors, failures
+from benchmarks.bars import failures
+from benchmarks.comparison import errors
 from benchmarks.forward import Forward, _checked_heads
 from benchmarks.shapes import LONGEST, SETS, AttentionShape, counterpart, draw_lengths, select
 from hypothesis import given
