@@ -54,7 +54,7 @@ def test_the_gpt_learns_and_agrees(train_gpt, small, tmp_path):
     assert len(set(comparison.noise.values())) == 2, "the versions round in different ways"
     content = json.loads((tmp_path / "losses.json").read_text())
     assert content["agrees"] is True and content["commit"]
-    assert 0 < content["distance"] <= content["allowed"]
+    assert 0 < content["comparison"]["distance"] <= content["allowed"]
     assert list(content["losses"]) == list(train_gpt.ATTENTIONS)
     for curve in content["losses"].values():
         assert len(curve) == small.steps and curve[-1] < curve[0] - 0.5
@@ -74,27 +74,41 @@ def test_attention_that_is_slightly_wrong_does_not_agree(train_gpt, small, tmp_p
     assert abs(curves[train_gpt.OURS][-1] - curves[train_gpt.EXACT][-1]) < 0.01
 
 
-def test_distances_weigh_all_windows_alike(train_gpt):
-    window = train_gpt.WINDOW
-    zeros = [0.0] * (2 * window)
-    assert train_gpt.distance_between([1e-3] * (2 * window), zeros) == pytest.approx(1e-3)
-    assert train_gpt.distance_between([1e-4] * window + [-1e-2] * window, zeros) == pytest.approx(1e-3)
-    assert train_gpt.distance_between([3e-3, 4e-3], [0.0, 0.0]) == pytest.approx(math.sqrt(12.5) * 1e-3)
+def curves(train_gpt, start: float, end: float) -> dict[str, list[float]]:
+    """A hundred steps whose losses are 1.9 and 2.1 in turns, this package's with these errors in its two halves."""
+    exact = [1.9, 2.1] * 50
+    errors = {"SDPA, flash": [1e-3] * 100, "SDPA, bfloat16": [-5e-4] * 100, train_gpt.EXACT: [0.0] * 100}
+    errors[train_gpt.OURS] = [start] * 50 + [end] * 50
+    return {name: [x + error for x, error in zip(exact, each, strict=True)] for name, each in errors.items()}
+
+
+#: The standard error of the last fifty steps.
+END_ERROR = 0.1 * math.sqrt(50 / 49) / math.sqrt(50)
 
 
 @pytest.mark.parametrize(
-    ("ours", "agrees"), [(0.0, True), (1.9e-3, True), (2.1e-3, False), (math.nan, False), (math.inf, False)]
+    ("start", "end", "agrees"),
+    [
+        (0.0, 0.0, True),
+        (1.9e-3, 0.0, True),
+        (-2.1e-3, 0.0, False),
+        (0.0, 0.99 * END_ERROR, True),
+        (0.0, -1.01 * END_ERROR, False),
+        (math.nan, 0.0, False),
+        (0.0, math.nan, False),
+        (math.inf, 0.0, False),
+    ],
 )
-def test_what_agrees(train_gpt, ours, agrees):
-    curves = {train_gpt.OURS: [2.0 + ours] * 30, "SDPA, flash": [2.001] * 30, "SDPA, bfloat16": [1.9995] * 30}
-    comparison = train_gpt.Comparison.of({**curves, train_gpt.EXACT: [2.0] * 30})
+def test_what_agrees(train_gpt, start, end, agrees):
+    comparison = train_gpt.Comparison.of(curves(train_gpt, start, end))
     assert comparison.agrees is agrees
     assert comparison.noise == pytest.approx({"SDPA, flash": 1e-3, "SDPA, bfloat16": 5e-4})
+    assert comparison.end_error == pytest.approx(END_ERROR)
 
 
 @pytest.mark.parametrize(("distance", "status"), [(1e-3, 0), (3e-3, 1)])
 def test_the_exit_status(train_gpt, monkeypatch, capsys, distance, status):
-    comparison = train_gpt.Comparison(distance, {"SDPA, flash": 1e-3})
+    comparison = train_gpt.Comparison(distance, {"SDPA, flash": 1e-3}, end_difference=0.0, end_error=0.01)
     asked = []
     monkeypatch.setattr(train_gpt, "run", lambda *arguments: asked.append(arguments) or comparison)
     assert train_gpt.main(["--steps", "7", "--seed", "3", "--out", "somewhere"]) == status
@@ -105,7 +119,7 @@ def test_the_exit_status(train_gpt, monkeypatch, capsys, distance, status):
 
 def test_no_picture_without_matplotlib(train_gpt, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    settings = train_gpt.Settings(layers=1, heads=1, head_dim=8, seqlen=16, batch=1, steps=1)
+    settings = train_gpt.Settings(layers=1, heads=1, head_dim=8, seqlen=16, batch=1, steps=2)
     train_gpt.run(settings, "cpu", tmp_path)
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["losses.json"]
