@@ -171,7 +171,8 @@ class ForwardConfig(KernelConfig):
     Shapes: a CTA holds ``block_m`` query rows (64 per consumer warpgroup) and streams key blocks of
     ``block_n`` rows through ``num_stages`` shared-memory stages. ``head_dim`` and ``head_dim_v`` are tile
     widths: smaller head dims run inside them, TMA fills the rest with zeros. Of 16 exponentials,
-    ``polynomial_exp2_of_16`` are computed on the FMA pipes rather than by the exponential unit.
+    ``polynomial_exp2_of_16`` are computed on the FMA pipes rather than by the exponential unit. ``cluster_size`` CTAs
+    work on neighbouring query blocks, and load each key block once for all of them.
     """
 
     FAMILY = "fwd"
@@ -190,6 +191,7 @@ class ForwardConfig(KernelConfig):
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2
     polynomial_exp2_of_16: int = 0
+    cluster_size: int = 1
 
     # -- derived; the C++ twins are in csrc/kernels/core/traits.cuh ------------------------------------
 
@@ -204,11 +206,18 @@ class ForwardConfig(KernelConfig):
 
     @property
     def producer_registers(self) -> int:
-        return PRODUCER_REGISTERS[self.num_consumer_warpgroups]
+        return self._register_split[0]
 
     @property
     def consumer_registers(self) -> int:
-        return CONSUMER_REGISTERS[self.num_consumer_warpgroups]
+        return self._register_split[1]
+
+    @property
+    def _register_split(self) -> tuple[int, int]:
+        """Of a producer and a consumer thread. A producer that shares its copies with a cluster needs more."""
+        if self.num_consumer_warpgroups == 2 and self.cluster_size > 1:
+            return 40, 232
+        return PRODUCER_REGISTERS[self.num_consumer_warpgroups], CONSUMER_REGISTERS[self.num_consumer_warpgroups]
 
     @property
     def swizzle_bytes(self) -> int:
@@ -256,6 +265,7 @@ class ForwardConfig(KernelConfig):
             f"o_{self.output_buffer.slug}",
             f"q{self.num_q_stages}",
             f"p{self.polynomial_exp2_of_16}",
+            f"c{self.cluster_size}",
         ]
         return "_".join(parts)
 
@@ -278,6 +288,12 @@ class ForwardConfig(KernelConfig):
             ),
             (0 <= self.polynomial_exp2_of_16 <= 8, "polynomial_exp2_of_16", "in [0, 8]"),
             (self.num_q_stages in (1, 2), "num_q_stages", "1 or 2"),
+            (self.cluster_size in (1, 2), "cluster_size", "1 or 2"),
+            (
+                self.cluster_size == 1 or self.mask is Mask.FULL,
+                "cluster_size",
+                "1 when mask is not FULL: neighbouring query blocks see other keys",
+            ),
             (
                 self.num_q_stages == 1 or self.output_buffer is not OutputBuffer.WITH_Q,
                 "num_q_stages",

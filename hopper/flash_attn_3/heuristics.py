@@ -106,7 +106,9 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
             f"the problem has {num_tiles} tiles of {config.block_m} query rows (batch={problem.batch}, "
             f"heads_q={problem.heads_q}, max_seqlen_q={problem.max_seqlen_q}); at most {MAX_TILES} are supported"
         )
-    num_ctas = min(problem.num_sms, num_tiles)
+    # Each cluster works on as many query blocks as it has CTAs, the last of which may not exist.
+    size = config.cluster_size
+    num_ctas = min(max(1, problem.num_sms // size), -(-num_m_blocks // size) * problem.batch * num_heads) * size
     return ForwardPlan(
         config=config,
         num_ctas=num_ctas,

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
 BUILD_COMMAND = "python -m flash_attn_3.runtime_build"
 
-#: CTAs of one cluster of a forward kernel: they use none.
-_CLUSTER_SIZE = 1
 #: Whether a kernel may start before the one ahead of it in the stream has ended; it must then wait by itself.
 _PROGRAMMATIC_LAUNCH = False
 
@@ -92,7 +90,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
         WARPGROUP_ROWS,
         config.block_n,
         config.promoted_floats,
-        _CLUSTER_SIZE,
+        config.cluster_size,
         _PROGRAMMATIC_LAUNCH,
     )
 

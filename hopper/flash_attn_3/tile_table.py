@@ -40,6 +40,7 @@ class ForwardTile:
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2
     polynomial_exp2_of_16: int = 0
+    cluster_size: int = 1
 
     @classmethod
     def of(cls, config: ForwardConfig) -> ForwardTile:

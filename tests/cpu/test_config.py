@@ -39,6 +39,7 @@ ANY_CONFIG = st.builds(
     output_buffer=st.sampled_from(OutputBuffer),
     num_q_stages=st.integers(1, 2),
     polynomial_exp2_of_16=st.integers(0, 8),
+    cluster_size=st.integers(1, 2),
 )
 
 
@@ -60,7 +61,7 @@ def test_key_is_the_same_in_every_process():
     text = (
         "fwd;dtype=BF16;head_dim=128;head_dim_v=128;mask=CAUSAL;seq_layout=DENSE;score=SCALED;"
         "block_m=128;block_n=128;num_stages=2;schedule=PING_PONG;rescale=EAGER;output_buffer=OWN;"
-        "num_q_stages=2;polynomial_exp2_of_16=0"
+        "num_q_stages=2;polynomial_exp2_of_16=0;cluster_size=1"
     )
     assert CONFIG.key() == hashlib.sha256(text.encode()).hexdigest()
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
-from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_forward
+from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_choice, plan_forward, tile_key
 from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, Packing, normalize_mask
+from flash_attn_3.tile_table import forward_tiles
 from reference import AttentionOptions, visible_pairs
 
 LENGTHS = st.integers(0, 40)
@@ -134,6 +135,20 @@ def test_launch_shape(problem):
     units = problem.heads_q * plan.num_value_passes * max(1, problem.batch)
     assert 1 <= plan.heads_per_section <= max(1, units)
     assert plan.heads_per_section < 2**31
+
+
+@given(problems())
+def test_clusters_are_whole(problem):
+    """Each works on two query blocks, the last of which may not exist."""
+    problem = dataclasses.replace(problem, mask=MaskSpec(Mask.FULL), num_sms=max(2, problem.num_sms))
+    choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
+    tile = dataclasses.replace(choice.tile, cluster_size=2, block_n=64)
+    plan = plan_choice(problem, dataclasses.replace(choice, tile=tile))
+    alone = plan_choice(problem, dataclasses.replace(choice, tile=dataclasses.replace(tile, cluster_size=1)))
+    assert plan.num_ctas % 2 == 0 and plan.num_ctas <= problem.num_sms
+    assert (plan.num_ctas == 0) == (alone.num_ctas == 0)
+    # Where they do not fill the GPU, there is one for each pair of blocks.
+    assert plan.num_ctas >= min(alone.num_ctas, problem.num_sms // 2 * 2)
 
 
 @given(problems(), st.integers(1, 132))

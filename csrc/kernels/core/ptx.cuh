@@ -78,12 +78,12 @@ FA_DEVICE void increment_release(int32_t* address) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
 }
 
-// -- between the CTAs of a cluster: rank `rank` has the same layout of shared memory
-// ------------------------------------
+// -- between the CTAs of a cluster, which all lay out shared memory alike ---------------------------------------
 
+// Volatile, or the compiler would keep it in a register for good.
 FA_DEVICE int cluster_rank() {
   uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
 }
 
@@ -111,8 +111,7 @@ FA_DEVICE void bulk_copy_to(int rank, uint32_t to, uint32_t from, int bytes, uin
                : "memory");
 }
 
-// -- scheduling
-// ---------------------------------------------------------------------------------------------------------
+// -- scheduling ---------------------------------------------------------------------------------------------------
 
 // What follows in program order is issued only when `sum`, which is never negative, is known. The compiler moves waits
 // for products up, above arithmetic that does not depend on them, so that it would no longer run beside the products;

@@ -10,15 +10,21 @@
 
 namespace fa {
 
-// Where a tile lies: a query block of a (head, value pass) pair of one sequence.
+// Where a tile lies: a query block (or one for each CTA of a cluster, in a row) of a (head, value pass) pair of one
+// sequence.
 struct ScheduledTile {
   bool valid;
   int batch;
   TilePosition position;
 };
 
-// Tiles go to whichever CTA is free. All functions are called by whole warps.
-class TileQueue {
+// Who takes which tile. All functions are called by whole warps.
+template <int kClusterSize>
+class TileQueue;
+
+// Tiles go to whichever CTA is free.
+template <>
+class TileQueue<1> {
  public:
   // The next tile's index: a CTA's first is its own number, the others come from the launch's counter. The one after it
   // is asked for at once, so that its way to memory and back passes while this tile is loaded.
@@ -40,6 +46,27 @@ class TileQueue {
   int next_ = int(blockIdx.x);  // of lane 0
 };
 
+// The CTAs of a cluster must work on the same keys, so that they take the same number: each cluster one out of as many
+// as there are clusters. Only tiles that take equally long (Mask::kFull) come here.
+template <int kClusterSize>
+class TileQueue {
+ public:
+  FA_DEVICE int take(TileCounter*) {
+    const int index = next_;
+    next_ += int(gridDim.x) / kClusterSize;
+    return index;
+  }
+
+  FA_DEVICE static void close(TileCounter*) {}
+
+ private:
+  int next_ = int(blockIdx.x) / kClusterSize;
+};
+
+// What a number stands for: a block of queries for each CTA of a cluster.
+template <class Traits>
+constexpr int kScheduledRows = Traits::kBlockM * Traits::kClusterSize;
+
 // What the tiles of a sequence are numbered over, beside query blocks: (group of packed heads, value pass) pairs.
 FA_DEVICE int scheduled_heads(const ForwardParams& params) {
   return (params.heads_q >> params.packed_heads_log2) * params.num_value_passes;
@@ -55,7 +82,7 @@ class Scheduler<Traits, SeqLayout::kDense> {
   // Counts are derived anew each time: the producer has few registers.
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
     const int num_heads = scheduled_heads(params);
-    const int num_m_blocks = ceil_div(Packing{params.packed_heads_log2}.rows(params.seqlen_q), Traits::kBlockM);
+    const int num_m_blocks = ceil_div(Packing{params.packed_heads_log2}.rows(params.seqlen_q), kScheduledRows<Traits>);
     const int index = queue_.take(params.tile_counter);
     if (index >= num_m_blocks * num_heads * params.batch) return {false, 0, {}};
     TilePosition position = tile_position<Traits::kMask>(
@@ -65,10 +92,12 @@ class Scheduler<Traits, SeqLayout::kDense> {
     return {true, batch, position};
   }
 
-  FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
+  FA_DEVICE void close(const ForwardParams& params) { Queue::close(params.tile_counter); }
 
  private:
-  TileQueue queue_;
+  using Queue = TileQueue<Traits::kClusterSize>;
+
+  Queue queue_;
 };
 
 // Lengths known to the device alone: tiles are numbered sequence by sequence, and the warp scans 32 sequences at a
@@ -98,9 +127,11 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
     return {false, 0, {}};
   }
 
-  FA_DEVICE void close(const ForwardParams& params) { TileQueue::close(params.tile_counter); }
+  FA_DEVICE void close(const ForwardParams& params) { Queue::close(params.tile_counter); }
 
  private:
+  using Queue = TileQueue<Traits::kClusterSize>;
+
   static constexpr int kNotSorted = -1;
 
   // The sequence of the group that this lane stands for; params.batch or more: none.
@@ -129,7 +160,7 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
 
   FA_DEVICE static int num_m_blocks(const ForwardParams& params, int batch) {
     const int length = query_sequence<SeqLayout::kVarlen>(params, batch).length;
-    return ceil_div(Packing{params.packed_heads_log2}.rows(length), Traits::kBlockM);
+    return ceil_div(Packing{params.packed_heads_log2}.rows(length), kScheduledRows<Traits>);
   }
 
   // `heads_per_section` was chosen for the longest sequence; a shorter one lets more heads share the L2 cache.
@@ -152,7 +183,7 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
     return value;
   }
 
-  TileQueue queue_;
+  Queue queue_;
   int group_ = 0;  // first of the 32 sequences under the scan
   int sequence_ = kNotSorted;
   int tiles_before_ = 0;  // tiles of all sequences before them

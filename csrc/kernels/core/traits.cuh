@@ -26,13 +26,15 @@ constexpr int kMaxConsumerWarpgroups = 4;
 struct RegisterSplit {
   int producer, consumer;
 };
-constexpr RegisterSplit register_split(int num_consumer_warpgroups) {
+// A producer that shares its copies with a cluster's other CTAs needs more.
+constexpr RegisterSplit register_split(int num_consumer_warpgroups, int cluster_size = 1) {
   constexpr RegisterSplit kSplits[kMaxConsumerWarpgroups] = {{56, 256}, {24, 240}, {32, 160}, {32, 112}};
+  if (num_consumer_warpgroups == 2 && cluster_size > 1) return {40, 232};
   return kSplits[num_consumer_warpgroups - 1];
 }
 
-constexpr bool fits_register_file(int num_consumer_warpgroups) {
-  const RegisterSplit split = register_split(num_consumer_warpgroups);
+constexpr bool fits_register_file(int num_consumer_warpgroups, int cluster_size = 1) {
+  const RegisterSplit split = register_split(num_consumer_warpgroups, cluster_size);
   const int at_launch = 65536 / (kWarpgroupThreads * (num_consumer_warpgroups + 1)) / 8 * 8;
   return split.producer + split.consumer * num_consumer_warpgroups <= at_launch * (num_consumer_warpgroups + 1);
 }
@@ -42,9 +44,9 @@ struct ForwardShape {
   static constexpr int kElementBytes = 2;
   static constexpr int kNumConsumerWarpgroups = Traits::kBlockM / kWarpgroupRows;
   static constexpr int kNumThreads = kWarpgroupThreads * (kNumConsumerWarpgroups + 1);
-  static constexpr int kProducerRegisters = register_split(kNumConsumerWarpgroups).producer;
-  static constexpr int kConsumerRegisters = register_split(kNumConsumerWarpgroups).consumer;
-  static_assert(fits_register_file(kNumConsumerWarpgroups));
+  static constexpr int kProducerRegisters = register_split(kNumConsumerWarpgroups, Traits::kClusterSize).producer;
+  static constexpr int kConsumerRegisters = register_split(kNumConsumerWarpgroups, Traits::kClusterSize).consumer;
+  static_assert(fits_register_file(kNumConsumerWarpgroups, Traits::kClusterSize));
   static constexpr int kSwizzleBytes = swizzle_bytes(Traits::kHeadDim);
   static constexpr int kSwizzleBytesV = swizzle_bytes(Traits::kHeadDimV);
   static constexpr bool kOwnOutputBuffer = Traits::kOutputBuffer == OutputBuffer::kOwn;

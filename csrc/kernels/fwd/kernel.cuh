@@ -47,6 +47,16 @@ FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, i
   epilogue.finish();
 }
 
+// All threads that may touch the same shared memory.
+template <class Traits>
+FA_DEVICE void sync_all() {
+  if constexpr (Traits::kClusterSize > 1) {
+    sync_cluster();
+  } else {
+    __syncthreads();
+  }
+}
+
 template <class Traits>
 FA_DEVICE void forward_kernel(const ForwardParams& params) {
   using Shape = ForwardShape<Traits>;
@@ -54,7 +64,7 @@ FA_DEVICE void forward_kernel(const ForwardParams& params) {
   static_assert(sizeof(ForwardSmem<Traits>) == Shape::kSmemBytes, "the plan and the launch must agree");
 
   if (threadIdx.x == 0) init_barriers<Traits>(smem.control);
-  __syncthreads();
+  sync_all<Traits>();
 
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
@@ -64,6 +74,8 @@ FA_DEVICE void forward_kernel(const ForwardParams& params) {
     cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     consume<Traits>(params, smem, warpgroup - 1);
   }
+  // Until then other CTAs may copy to this one's shared memory, and arrive at its barriers.
+  if constexpr (Traits::kClusterSize > 1) sync_cluster();
 }
 
 }  // namespace fa

@@ -45,6 +45,7 @@ class Producer {
   static constexpr int kNone = -1;
 
   FA_DEVICE static bool leads() { return threadIdx.x == 0; }
+  FA_DEVICE static int rank() { return Traits::kClusterSize == 1 ? 0 : cluster_rank(); }
 
   FA_DEVICE void prefetch_descriptors() const {
     for (const CUtensorMap* map : {&params_.q, &params_.k, &params_.v, &params_.o}) {
@@ -58,7 +59,7 @@ class Producer {
     const int group = scheduled.position.head / params_.num_value_passes;
     const int head_q = packing().rows(group);
     WorkTile tile;
-    tile.m_block = scheduled.position.m_block;
+    tile.m_block = scheduled.position.m_block * Traits::kClusterSize + rank();
     tile.batch = scheduled.batch;
     tile.head_q = head_q;
     tile.head_kv = head_q / (params_.heads_q / params_.heads_kv);
@@ -115,37 +116,41 @@ class Producer {
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
       Ring<Traits::kNumQStages>& ring = control_.q[warpgroup];
       ring.wait_empty(q_stage_);
-      load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes>(
+      load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes, /*kShares=*/1>(
           params_.q, &ring.full[q_stage_.index()], CacheHint::EVICT_FIRST, smem_.q[q_stage_.index()][warpgroup], 0,
           Traits::kHeadDim, tile.head_q,
-          packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows), params_.row_bound_q, tile.q);
+          packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows), params_.row_bound_q, tile.q,
+          /*share=*/0);
     }
     q_stage_.advance();
   }
 
   FA_DEVICE void load_k(const WorkTile& tile, int n_block) {
     control_.k.wait_empty(k_stage_);
-    load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes>(
+    load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes, Traits::kClusterSize>(
         params_.k, &control_.k.full[k_stage_.index()], CacheHint::EVICT_LAST, smem_.k[k_stage_.index()], 0,
-        Traits::kHeadDim, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k);
+        Traits::kHeadDim, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k, rank());
     k_stage_.advance();
   }
 
+  // The other way round than for k, so that tiles of one chunk are shared out evenly.
   FA_DEVICE void load_v(const WorkTile& tile, int n_block) {
     control_.v.wait_empty(v_stage_);
-    load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV>(
+    load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV, Traits::kClusterSize>(
         params_.v, &control_.v.full[v_stage_.index()], CacheHint::EVICT_LAST, smem_.v[v_stage_.index()],
         tile.value_pass * Traits::kHeadDimV, params_.head_dim_v, tile.head_kv, n_block * Traits::kBlockN,
-        params_.row_bound_k, tile.k);
+        params_.row_bound_k, tile.k, Traits::kClusterSize - 1 - rank());
     v_stage_.advance();
   }
 
   // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence and from `column`
   // of its `columns` columns. Where no row is left, or no column of a chunk, nothing is asked for (see params.h) and
   // the buffer keeps what it holds: those rows' and columns' results are never stored, and those keys are masked.
-  template <int kRows, int kColumns, int kSwizzleBytes>
+  //
+  // With kShares > 1 each CTA of the cluster asks for its share of the chunks, for all CTAs, and awaits all of them.
+  template <int kRows, int kColumns, int kSwizzleBytes, int kShares>
   FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
-                             int columns, int head, int row, int row_bound, const Sequence& sequence) {
+                             int columns, int head, int row, int row_bound, const Sequence& sequence, int share) {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
     if (row >= sequence.length) {
       Barrier::arrive(full);
@@ -153,12 +158,24 @@ class Producer {
     }
     const int num_chunks = min_of(kColumns / kChunkColumns, ceil_div(columns - column, kChunkColumns));
     TransactionBarrier::arrive_and_expect_tx(full, num_chunks * kRows * kSwizzleBytes);
-#pragma unroll
-    for (int chunk = 0; chunk < kColumns / kChunkColumns; ++chunk) {
+#pragma unroll(kShares == 1 ? 8 : 1)
+    for (int chunk = share; chunk < kColumns / kChunkColumns; chunk += kShares) {
       if (chunk >= num_chunks) break;
-      cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), tile + chunk * kRows * kSwizzleBytes,
-                                   column + chunk * kChunkColumns, head, sequence.map_row(row_bound, row),
+      copy<kShares>(map, full, hint, tile + chunk * kRows * kSwizzleBytes, column + chunk * kChunkColumns, head,
+                    sequence.map_row(row_bound, row), sequence);
+    }
+  }
+
+  // One box, to the same place in each of the cluster's CTAs that share it, completing the same barrier in each.
+  template <int kShares>
+  FA_DEVICE static void copy(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* to, int column, int head,
+                             int map_row, const Sequence& sequence) {
+    if constexpr (kShares == 1) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), to, column, head, map_row,
                                    sequence.map_origin(), sequence.batch);
+    } else {
+      cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, full, (1 << kShares) - 1, static_cast<uint64_t>(hint), to, column,
+                                             head, map_row, sequence.map_origin(), sequence.batch);
     }
   }
 

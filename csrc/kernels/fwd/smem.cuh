@@ -27,8 +27,8 @@ struct WorkTile {
 template <class Traits>
 struct ForwardControl {
   Ring<Traits::kNumQStages> q[ForwardShape<Traits>::kNumConsumerWarpgroups];  // each warpgroup's 64 rows
-  Ring<Traits::kNumStages> k;
-  Ring<Traits::kNumStages> v;
+  SharedRing<Traits::kNumStages, Traits::kClusterSize> k;
+  SharedRing<Traits::kNumStages, Traits::kClusterSize> v;
   Ring<kTileSlots> tiles;
   WorkTile tile[kTileSlots];
 };

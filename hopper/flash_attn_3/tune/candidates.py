@@ -24,6 +24,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "num_stages": (2, 3, 4),
     "num_q_stages": (1, 2),
     "polynomial_exp2_of_16": (0, 2, 4),
+    "cluster_size": (1, 2),
 }
 
 

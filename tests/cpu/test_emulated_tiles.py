@@ -1,0 +1,59 @@
+"""Tiles that the planner's table may come to hold: each axis of the tuner's away from its default, in the emulator."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.gpu.cases import Case
+from tests.gpu.harness import check, make_tensors
+
+import emulation
+from flash_attn_3.config import OutputBuffer, Rescale, Schedule
+from flash_attn_3.heuristics import plan_choice, tile_key
+from flash_attn_3.launch import cuda_forward
+from flash_attn_3.tile_table import TileChoice, forward_tiles
+
+DENSE = {"batch": 1, "seqlen_q": 300, "seqlen_k": 450, "heads_q": 2, "heads_kv": 1}
+VARLEN = {"lens_q": (300, 0, 1, 200), "lens_k": (130, 5, 0, 300), "heads_q": 2, "heads_kv": 1}
+#: (the call, what its tile has in the place of the table's)
+TILES = [
+    (Case(64, **DENSE, causal=True), {"block_m": 64, "schedule": Schedule.INTRA_WARPGROUP}),
+    (Case(64, **DENSE), {"block_m": 256, "block_n": 64}),
+    (Case(128, **DENSE, causal=True), {"num_q_stages": 1, "rescale": Rescale.LAZY}),
+    (Case(128, **VARLEN), {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q}),
+    (Case(128, **DENSE, window_size=(100, 20)), {"num_q_stages": 1, "output_buffer": OutputBuffer.NONE}),
+    (Case(64, **DENSE, causal=True), {"polynomial_exp2_of_16": 4, "num_stages": 3, "block_n": 96}),
+    (Case(128, **DENSE), {"cluster_size": 2}),
+    (Case(128, **VARLEN), {"cluster_size": 2}),
+    (Case(256, **DENSE), {"cluster_size": 2, "block_n": 64}),
+    (Case(64, 320, **DENSE), {"cluster_size": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    # An odd number of multiprocessors: one is left over where two are a cluster.
+    machine = emulation.EmulatedMachine(tmp_path_factory.mktemp("emulated_tiles"), num_sms=5)
+    yield machine.call
+    machine.close()
+
+
+def run(emulator, case, changes):
+    tensors = make_tensors(case, "cpu")
+    problem = dataclasses.replace(case.problem(), num_sms=emulator.num_sms)
+    tile = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q).tile
+    plan = plan_choice(problem, TileChoice(None, dataclasses.replace(tile, **changes), 2**20))
+    launch = cuda_forward(emulator.kernel(plan.config), problem, plan, case.scale, case.softcap)
+    rows = tensors.q.shape[:-1]
+    for seed in range(9):
+        out = torch.full((*rows, case.dv), torch.nan, dtype=case.dtype)
+        lse = torch.full((*rows[:-2], rows[-1], rows[-2]), torch.nan)
+        emulator.seed(seed)
+        index_tensors = tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
+        launch(tensors.q, tensors.k, tensors.v, out, lse, *index_tensors, None)
+        check(case, tensors, out, lse)
+
+
+@pytest.mark.parametrize(("case", "changes"), TILES, ids=str)
+def test_tile(machine, case, changes):
+    machine(run, case, changes)
