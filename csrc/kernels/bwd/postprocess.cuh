@@ -40,28 +40,16 @@ class Postprocess {
     }
   }
 
-  // 32 columns at a time: a quad holds eight pairs of a row, and each of its threads stores 8 columns of it.
   FA_DEVICE void store(const float (&dq)[kSize]) const {
     const int warpgroup = threadIdx.x / kWarpgroupThreads;
     const int first_row =
         block_.m_block * Traits::kBlockM + fragment_row() + (Shape::kSplitsDqRows ? warpgroup * kWarpgroupRows : 0);
-    const int first_column = threadIdx.x % 4 * 8 + (Shape::kSplitsDqRows ? 0 : warpgroup * Shape::kDqColumns);
+    const int first_column = Shape::kSplitsDqRows ? 0 : warpgroup * Shape::kDqColumns;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int position = first_row + 8 * r;
-      uint16_t* const row = block_.written_row(params_.dq_rows, position) + first_column;
-#pragma unroll
-      for (int column = 0; column < Shape::kDqColumns; column += 32) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int group = 0; group < 4; ++group) {
-          const int i = column / 2 + 4 * group + 2 * r;
-          pairs[group] = pack<Traits::kDtype>(dq[i], dq[i + 1]);
-        }
-        const uint4 columns = transpose_quad(pairs);
-        const bool exists = position < block_.q.length && first_column + column < params_.head_dim;
-        if (exists) *reinterpret_cast<uint4*>(row + column) = columns;
-      }
+      const int num_columns = position < block_.q.length ? params_.head_dim - first_column : 0;
+      store_row<Traits::kDtype>(block_.written_row(params_.dq_rows, position) + first_column, num_columns, dq, r);
     }
   }
 

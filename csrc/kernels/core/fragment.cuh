@@ -70,4 +70,23 @@ FA_DEVICE void pack_fragment(uint32_t (&packed)[kSize / 2], const float (&fragme
   for (int i = 0; i < kSize / 2; ++i) packed[i] = pack<kDtype>(fragment[2 * i], fragment[2 * i + 1]);
 }
 
+// Row `r` of the thread's two, rounded, to memory, 32 columns at a time: a quad holds eight pairs of it, and each of
+// its threads stores 8 columns. `row`: where the fragment's first column goes, aligned to 16 bytes; of its columns the
+// first `num_columns` exist, a multiple of 8. By whole warps.
+template <Dtype kDtype, int kSize>
+FA_DEVICE void store_row(uint16_t* row, int num_columns, const float (&fragment)[kSize], int r) {
+  const int first_column = threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int column = 0; column < 2 * kSize; column += 32) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int group = 0; group < 4; ++group) {
+      const int i = column / 2 + 4 * group + 2 * r;
+      pairs[group] = pack<kDtype>(fragment[i], fragment[i + 1]);
+    }
+    const uint4 columns = transpose_quad(pairs);
+    if (first_column + column < num_columns) *reinterpret_cast<uint4*>(row + first_column + column) = columns;
+  }
+}
+
 }  // namespace fa

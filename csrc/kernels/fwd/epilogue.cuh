@@ -63,29 +63,18 @@ class Epilogue {
     }
   }
 
-  // out (64 x head_dim_v) to memory, 32 columns at a time: a quad holds eight pairs of a row, and each of its threads
-  // stores 8 columns of it. `row`: the thread's first.
+  // out (64 x head_dim_v) to memory. `row`: the thread's first.
   FA_DEVICE void store_fragment(const Fragment& out, const WorkTile& tile, int row) const {
+    const int first_column = tile.value_pass * Traits::kHeadDimV;
     uint16_t* const sequence = static_cast<uint16_t*>(params_.out) + tile.q.batch * params_.out_batch_stride +
                                tile.q.offset * params_.out_row_stride + tile.head_q * params_.out_head_stride;
-    const int first_column = tile.value_pass * Traits::kHeadDimV + threadIdx.x % 4 * 8;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int position = packing().position(row + 8 * r), head = packing().head(row + 8 * r);
       uint16_t* const address =
           sequence + position * params_.out_row_stride + head * params_.out_head_stride + first_column;
-#pragma unroll
-      for (int column = 0; column < Traits::kHeadDimV; column += 32) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int group = 0; group < 4; ++group) {
-          const int i = column / 2 + 4 * group + 2 * r;
-          pairs[group] = pack<Traits::kDtype>(out[i], out[i + 1]);
-        }
-        const uint4 columns = transpose_quad(pairs);
-        const bool exists = position < tile.q.length && first_column + column < params_.head_dim_v;
-        if (exists) *reinterpret_cast<uint4*>(address + column) = columns;
-      }
+      const int num_columns = position < tile.q.length ? params_.head_dim_v - first_column : 0;
+      store_row<Traits::kDtype>(address, num_columns, out, r);
     }
   }
 

@@ -31,12 +31,13 @@ class Producer {
       control_.tiles.wait_empty(tile_slot_);
       if (leads()) announce(scheduled);
       if (!scheduled.valid) break;
-      // Read back from shared memory: the producer has few registers.
+      // Read back from shared memory: the producer has few registers. For the same reason the stages of q and v follow
+      // from other counts.
       if (leads()) load_tile(control_.tile[tile_slot_.index()]);
       __syncwarp();
       tile_slot_.advance();
     }
-    if (leads()) load_deferred_values();
+    if (leads()) load_deferred_values(/*keys_ahead=*/0);
     scheduler.close(params_);
   }
 
@@ -89,40 +90,40 @@ class Producer {
     const BlockRange range = tile.blocks;
     load_k(tile, range.end - 1);
     // With one q buffer, q waits for the last tile's last QK, and its last values need not.
-    if constexpr (Traits::kNumQStages == 1) load_deferred_values();
+    if constexpr (Traits::kNumQStages == 1) load_deferred_values(/*keys_ahead=*/1);
     load_q(tile);
-    load_deferred_values();
+    load_deferred_values(/*keys_ahead=*/1);
 #pragma unroll 1
     for (int n_block = range.end - 2; n_block >= range.begin; --n_block) {
       load_k(tile, n_block);
-      load_v(tile, n_block + 1);
+      load_v(tile, n_block + 1, /*keys_ahead=*/1);
     }
     if constexpr (Shape::kOverlapsTiles) {
       deferred_block_ = range.begin;
     } else {
-      load_v(tile, range.begin);
+      load_v(tile, range.begin, /*keys_ahead=*/0);
     }
   }
 
   // The last tile's last values. Its consumers still need them, so that its slot still holds it.
-  FA_DEVICE void load_deferred_values() {
+  FA_DEVICE void load_deferred_values(int keys_ahead) {
     if (deferred_block_ == kNone) return;
-    load_v(control_.tile[(tile_slot_.count - 1) % kTileSlots], deferred_block_);
+    load_v(control_.tile[(tile_slot_.count - 1) % kTileSlots], deferred_block_, keys_ahead);
     deferred_block_ = kNone;
   }
 
   FA_DEVICE void load_q(const WorkTile& tile) {
+    const RingState<Traits::kNumQStages> stage{tile_slot_.count};  // one q a tile
 #pragma unroll
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
       Ring<Traits::kNumQStages>& ring = control_.q[warpgroup];
-      ring.wait_empty(q_stage_);
+      ring.wait_empty(stage);
       load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes, /*kShares=*/1>(
-          params_.q, &ring.full[q_stage_.index()], CacheHint::EVICT_FIRST, smem_.q[q_stage_.index()][warpgroup], 0,
+          params_.q, &ring.full[stage.index()], CacheHint::EVICT_FIRST, smem_.q[stage.index()][warpgroup], 0,
           Traits::kHeadDim, tile.head_q,
           packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows), params_.row_bound_q, tile.q,
           /*share=*/0);
     }
-    q_stage_.advance();
   }
 
   FA_DEVICE void load_k(const WorkTile& tile, int n_block) {
@@ -133,14 +134,15 @@ class Producer {
     k_stage_.advance();
   }
 
-  // The other way round than for k, so that tiles of one chunk are shared out evenly.
-  FA_DEVICE void load_v(const WorkTile& tile, int n_block) {
-    control_.v.wait_empty(v_stage_);
+  // `keys_ahead`: blocks of keys that were loaded after these values' own. The chunks are shared out the other way
+  // round than for k, so that tiles of one chunk make no difference between CTAs.
+  FA_DEVICE void load_v(const WorkTile& tile, int n_block, int keys_ahead) {
+    const RingState<Traits::kNumStages> stage{k_stage_.count - 1 - keys_ahead};
+    control_.v.wait_empty(stage);
     load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV, Traits::kClusterSize>(
-        params_.v, &control_.v.full[v_stage_.index()], CacheHint::EVICT_LAST, smem_.v[v_stage_.index()],
+        params_.v, &control_.v.full[stage.index()], CacheHint::EVICT_LAST, smem_.v[stage.index()],
         tile.value_pass * Traits::kHeadDimV, params_.head_dim_v, tile.head_kv, n_block * Traits::kBlockN,
         params_.row_bound_k, tile.k, Traits::kClusterSize - 1 - rank());
-    v_stage_.advance();
   }
 
   // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence and from `column`
@@ -183,9 +185,7 @@ class Producer {
   ForwardSmem<Traits>& smem_;
   ForwardControl<Traits>& control_;
   RingState<kTileSlots> tile_slot_;
-  RingState<Traits::kNumQStages> q_stage_;
   RingState<Traits::kNumStages> k_stage_;
-  RingState<Traits::kNumStages> v_stage_;
   int deferred_block_ = kNone;  // of the tile before
 };
 
