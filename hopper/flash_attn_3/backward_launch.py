@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,12 @@ from .backward_validation import check_backward
 from .launch import device_sms, forward_problem
 from .problem import ScoreScales
 from .signature import BackwardSignature, TensorSpec
+
+#: To be dropped with the first run of the GPU tests of gradients.
+NOT_RUN_ON_A_GPU = (
+    "the backward kernels of flash_attn_3 have passed their tests in an emulator and have not yet run on a GPU: compare "
+    "their gradients with another attention's before you rely on them"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,7 @@ def prepare_backward(call: BackwardSignature) -> BackwardLaunch:
     if plan.num_tiles == 0 or math.prod(forward.q.shape) == 0:
         run, checks_tensors = _write_zeros, False
     elif forward.q.device.type == "cuda":
+        warnings.warn(NOT_RUN_ON_A_GPU, stacklevel=1)
         run, checks_tensors = cuda_backward(call, problem, plan), True
     else:
         run, checks_tensors = _cpu_backward(call, problem, plan), False

@@ -106,6 +106,11 @@ def test_every_head_dim_has_kernels(head_dims, launchers):
     assert launched["dq_scratch"].numel() == 2 * 4 * 320 * launcher["handle"].head_dim
 
 
+def test_a_first_pass_says_that_no_gpu_has_run_the_kernels(kernels):
+    with pytest.warns(UserWarning, match="not yet run on a GPU"):
+        dispatch.backward(**call())
+
+
 def test_what_the_runtime_is_asked(launchers):
     options = ForwardOptions(window_size=(3, 5), attention_chunk=9, softcap=2.0, softmax_scale=0.5)
     tensors = call(head_dims=(64, 128))
