@@ -29,7 +29,7 @@ EXTRAS = $(shell PYTHONPATH=hopper $(VENV)/bin/python -c '$(FIND_COMPILER)' 2>/d
 
 PACKAGE_SOURCES := pyproject.toml setup.py $(shell find hopper -name '*.py' -o -name '*.json') \
                    $(shell find csrc/kernels csrc/runtime -type f)
-FORMATTED_CXX := $(shell find csrc/kernels csrc/runtime tests -name '*.h' -o -name '*.cuh' -o -name '*.cc')
+FORMATTED_CXX := $(shell find csrc/kernels csrc/runtime tests -name '*.h' -o -name '*.hpp' -o -name '*.cuh' -o -name '*.cc')
 
 ifeq ($(USE_SYSTEM_PYTHON),1)
 BIN :=
