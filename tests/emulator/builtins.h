@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "machine.h"
+#include "collectives.h"
 
 #define FA_DEVICE inline
 #define __global__
@@ -38,7 +38,7 @@ Value exchange(unsigned mask, Collective collective, Value value, int argument) 
   static_assert(sizeof(Value) == 4);
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  bits = machine().meet(mask, collective, bits, uint32_t(argument));
+  bits = meet(mask, collective, bits, uint32_t(argument));
   memcpy(&value, &bits, 4);
   return value;
 }
@@ -61,12 +61,12 @@ Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return emulator::machine().meet(mask, emulator::Collective::kBallot, uint32_t(predicate));
+  return emulator::meet(mask, emulator::Collective::kBallot, uint32_t(predicate));
 }
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
-inline void __syncwarp() { emulator::machine().meet(~0u, emulator::Collective::kSync, 0); }
+inline void __syncwarp() { emulator::meet(~0u, emulator::Collective::kSync, 0); }
 
 inline int __ffs(int value) { return ffs(value); }
 

@@ -7,16 +7,13 @@
 #pragma once
 
 #include <setjmp.h>
-#include <signal.h>
 #include <string.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <functional>
-#include <iterator>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -24,7 +21,10 @@
 #include <utility>
 #include <vector>
 
+#include "async_units.h"
+#include "faults.h"
 #include "launch.h"
+#include "state.h"
 
 struct EmulatedIndex {
   unsigned x;
@@ -33,90 +33,11 @@ inline EmulatedIndex threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
-constexpr int kWarpLanes = 32;
-constexpr int kWarpgroupLanes = 128;
-constexpr int kStackBytes = 96 * 1024;
-constexpr int kNamedBarriers = 16;
-constexpr int kRegistersPerMultiprocessor = 65536;
-constexpr uint32_t kSharedWindow = 1024;               // shared addresses begin here: the driver keeps 1 KiB for itself
-constexpr int kUnit = 16;                              // bytes; what the proxy check tells apart
-constexpr int kMaxFruitlessRounds = 200000;            // of polling, in which nothing else happens
-constexpr int kFaults[] = {SIGSEGV, SIGFPE, SIGABRT};  // memory, division by zero, failed check of the host's library
-
-enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices, kLoadMatrices };
+constexpr int kMaxFruitlessRounds = 200000;  // of polling, in which nothing else happens
 
 // How keen the asynchronous units are. Lazy ones work only when no thread can go on, and always the same unit first, so
 // that another one is as late as it can be.
 enum class Pace { kEager, kLazy, kMixed };
-
-enum class Unit { kLoads, kStores, kProducts };
-
-class Machine;
-struct Cta;
-
-struct Thread {
-  Cta* cta;
-  int index;
-  bool started = false, ended = false, polls = false;
-  bool meets_cluster = false;
-  std::function<bool()> wakes;  // empty: ready
-  const char* waits_for = "";
-  ucontext_t entry;
-  jmp_buf resume_point;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-
-  // What it brings to a collective of its warp, and takes away.
-  bool meets = false;
-  Collective collective;
-  uint32_t value, argument, result;
-  uint32_t words[4];
-
-  size_t products = 0;                 // issued
-  std::vector<size_t> product_groups;  // how many products had been issued when each group was committed
-  int store_groups = 0;                // committed
-};
-
-struct NamedBarrier {
-  int expected = 0, arrived = 0;
-  unsigned generation = 0;
-};
-
-// One wgmma of a warpgroup. It may be computed once all threads have issued it.
-struct Product {
-  int issued = 0;
-  uint64_t a = 0, b = 0;                          // matrix descriptors
-  const uint32_t* a_words[kWarpgroupLanes] = {};  // or, if not null, fragments
-  float* d[kWarpgroupLanes] = {};
-  std::function<void(Cta&, Product&)> compute;
-};
-
-// A store or reduction of the copy engine. Groups are those of the thread that issued it.
-struct Store {
-  Thread* thread;
-  int group;
-  bool read = false;
-  std::function<void()> read_shared, write_global;
-};
-
-struct Cta {
-  unsigned index;
-  uint8_t* shared = nullptr;
-  size_t shared_bytes = 0;
-  std::vector<uint8_t> storage;
-  std::vector<int> written_by;  // unit -> 1 + the thread whose ordinary stores the asynchronous proxy may not see yet
-  std::vector<Thread> threads;
-  NamedBarrier named[kNamedBarriers];
-  std::vector<std::deque<Product>> products;  // of each warpgroup
-  std::vector<size_t> products_done;
-  std::vector<std::function<void()>> loads;
-  std::vector<Store> stores;
-  int free_registers = 0;
-  std::vector<int> registers;  // of each warp's threads
-
-  bool ended() const {
-    return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.ended; });
-  }
-};
 
 class Machine {
  public:
@@ -141,7 +62,9 @@ class Machine {
     std::array<Unit, 3> all = {Unit::kLoads, Unit::kStores, Unit::kProducts};
     for (uint64_t i = 0; i < seed / 3 % 6; ++i) std::next_permutation(all.begin(), all.end());
     units_ = all;
-    FaultHandler faults;
+    const FaultHandler faults([](const char* fault) {
+      if (running_->thread_ != nullptr) running_->fail(fault);
+    });
     unsigned next = 0;
     int fruitless = 0;
     while (error_.empty()) {
@@ -191,23 +114,6 @@ class Machine {
   void poll() {
     thread_->polls = true;
     leave();
-  }
-
-  uint32_t meet(unsigned mask, Collective collective, uint32_t value, uint32_t argument = 0,
-                const uint32_t* words = nullptr) {
-    check(mask == ~0u, "a collective of less than a warp");
-    Thread& self = *thread_;
-    self.collective = collective;
-    self.value = value;
-    self.argument = argument;
-    if (words != nullptr) std::copy_n(words, 4, self.words);
-    self.meets = true;
-    self.waits_for = "its warp";
-    self.wakes = [&self] { return !self.meets; };
-    complete_meeting(self);
-    if (self.meets) leave();
-    self.wakes = nullptr;
-    return self.result;
   }
 
   uint8_t* shared_pointer(uint32_t address, size_t bytes) { return shared_pointer(cta(), address, bytes); }
@@ -282,24 +188,6 @@ class Machine {
   }
 
  private:
-  // Faults of device code end the launch; those of the machine itself the process.
-  struct FaultHandler {
-    struct sigaction previous[std::size(kFaults)];
-    FaultHandler() {
-      struct sigaction on_fault = {};
-      on_fault.sa_handler = [](int fault) {
-        if (running_->thread_ != nullptr) running_->fail(strsignal(fault));
-        signal(fault, SIG_DFL);
-        raise(fault);
-      };
-      on_fault.sa_flags = SA_NODEFER;  // the handler is left by a jump, which would leave the signal blocked
-      for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &on_fault, &previous[i]);
-    }
-    ~FaultHandler() {
-      for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &previous[i], nullptr);
-    }
-  };
-
   std::unique_ptr<Cta> start(unsigned index, unsigned block, size_t shared_bytes) {
     auto cta = std::make_unique<Cta>();
     cta->index = index;
@@ -399,59 +287,10 @@ class Machine {
     const size_t first_cta = random_() % ctas_.size();
     for (Unit unit : units_) {
       for (size_t i = 0; i < ctas_.size(); ++i) {
-        if (!advance_unit(unit, *ctas_[(first_cta + i) % ctas_.size()])) continue;
+        if (!advance_unit(unit, *ctas_[(first_cta + i) % ctas_.size()], random_)) continue;
         progressed_ = true;
         return true;
       }
-    }
-    return false;
-  }
-
-  bool advance_unit(Unit unit, Cta& cta) {
-    switch (unit) {
-      case Unit::kLoads:
-        return load_one(cta);
-      case Unit::kStores:
-        return store_one(cta);
-      default:
-        return multiply_one(cta);
-    }
-  }
-
-  bool load_one(Cta& cta) {
-    if (cta.loads.empty()) return false;
-    const size_t which = random_() % cta.loads.size();
-    auto load = std::move(cta.loads[which]);
-    cta.loads.erase(cta.loads.begin() + which);
-    load();
-    return true;
-  }
-
-  bool store_one(Cta& cta) {
-    if (cta.stores.empty()) return false;
-    const size_t which = random_() % cta.stores.size();
-    Store& store = cta.stores[which];
-    if (!store.read) {
-      store.read_shared();
-      store.read = true;
-      return true;
-    }
-    store.write_global();
-    cta.stores.erase(cta.stores.begin() + which);
-    return true;
-  }
-
-  // In the order of issue within a warpgroup.
-  bool multiply_one(Cta& cta) {
-    const size_t first = random_() % cta.products.size();
-    for (size_t i = 0; i < cta.products.size(); ++i) {
-      const size_t warpgroup = (first + i) % cta.products.size();
-      std::deque<Product>& products = cta.products[warpgroup];
-      if (products.empty() || products.front().issued < kWarpgroupLanes) continue;
-      products.front().compute(cta, products.front());
-      products.pop_front();
-      ++cta.products_done[warpgroup];
-      return true;
     }
     return false;
   }
@@ -470,7 +309,7 @@ class Machine {
                                           [](const std::deque<Product>& products) { return !products.empty(); });
       if (!cta.loads.empty() || unread || multiplies)
         return fail_machine("a CTA ends before its loads, products or stores");
-      while (!cta.stores.empty()) store_one(cta);
+      while (!cta.stores.empty()) store_one(cta, random_);
       ctas_.erase(ctas_.begin() + i);
     }
   }
@@ -487,60 +326,6 @@ class Machine {
       if (cta->index / cluster_ != cluster) continue;
       for (Thread& thread : cta->threads) thread.meets_cluster = false;
     }
-  }
-
-  // Completes a meeting of the thread's warp if all lanes have come.
-  void complete_meeting(Thread& self) {
-    Thread* const lanes = &self.cta->threads[self.index / kWarpLanes * kWarpLanes];
-    for (int i = 0; i < kWarpLanes; ++i) {
-      if (!lanes[i].meets) return;
-    }
-    unsigned ballot = 0;
-    for (int i = 0; i < kWarpLanes; ++i) {
-      if (lanes[i].collective != lanes[0].collective) fail("lanes of a warp meet at different collectives");
-      ballot |= unsigned(lanes[i].value != 0) << i;
-    }
-    for (int i = 0; i < kWarpLanes; ++i) {
-      const int argument = int(lanes[i].argument);
-      switch (lanes[0].collective) {
-        case Collective::kShuffle:
-          lanes[i].result = lanes[argument % kWarpLanes].value;
-          break;
-        case Collective::kShuffleUp:
-          lanes[i].result = lanes[i < argument ? i : i - argument].value;
-          break;
-        case Collective::kShuffleXor:
-          lanes[i].result = lanes[i ^ argument].value;
-          break;
-        case Collective::kStoreMatrices:
-          store_matrix_row(lanes, i);
-          break;
-        case Collective::kLoadMatrices:
-          load_matrix_row(lanes, i);
-          break;
-        default:
-          lanes[i].result = ballot;
-      }
-    }
-    for (int i = 0; i < kWarpLanes; ++i) lanes[i].meets = false;
-  }
-
-  // stmatrix.x4: lane i gives the address of row i % 8 of matrix i / 8; lane l holds in word m elements 2 (l % 4) and
-  // the next of row l / 4 of matrix m.
-  void store_matrix_row(Thread* lanes, int i) {
-    uint8_t* row = shared_pointer(lanes[i].value, 16);
-    check(lanes[i].value % 16 == 0, "stmatrix: a row is not aligned to 16 bytes");
-    for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(row + l % 4 * 4, &lanes[l].words[i / 8], 4);
-    for (uint32_t at = lanes[i].value / kUnit; at <= (lanes[i].value + 15) / kUnit; ++at) {
-      lanes[i].cta->written_by[at] = lanes[i].index + 1;
-    }
-  }
-
-  // ldmatrix.x4, the other way round.
-  void load_matrix_row(Thread* lanes, int i) {
-    const uint8_t* row = shared_pointer(lanes[i].value, 16);
-    check(lanes[i].value % 16 == 0, "ldmatrix: a row is not aligned to 16 bytes");
-    for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(&lanes[l].words[i / 8], row + l % 4 * 4, 4);
   }
 
   void fail_machine(const std::string& what) {
@@ -566,7 +351,7 @@ class Machine {
   Thread* thread_ = nullptr;                // that runs; null while the machine does
   jmp_buf machine_;
   unsigned cluster_ = 1;
-  std::minstd_rand random_;
+  Random random_;
   Pace pace_ = Pace::kMixed;
   std::array<Unit, 3> units_;
   bool progressed_ = false;

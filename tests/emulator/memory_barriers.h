@@ -1,7 +1,7 @@
 // Barriers: mbarriers in shared memory, named barriers, and the pool of registers that setmaxnreg waits for.
 #pragma once
 
-#include "machine.h"
+#include "collectives.h"
 
 namespace emulator {
 
@@ -95,7 +95,7 @@ inline void set_registers(int registers) {
     cta->free_registers -= wanted;
     cta->registers[warp] = registers;
   }
-  machine().meet(~0u, Collective::kSync, 0);
+  meet(~0u, Collective::kSync, 0);
 }
 
 }  // namespace emulator

@@ -25,11 +25,11 @@ inline uint8_t* dynamic_shared_memory() { return emulator::machine().cta().share
 
 inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const uint32_t words[] = {a, b, c, d};
-  emulator::machine().meet(~0u, emulator::Collective::kStoreMatrices, address, 0, words);
+  emulator::meet(~0u, emulator::Collective::kStoreMatrices, address, 0, words);
 }
 
 inline void load_matrices(uint32_t address, uint32_t* words) {
-  emulator::machine().meet(~0u, emulator::Collective::kLoadMatrices, address);
+  emulator::meet(~0u, emulator::Collective::kLoadMatrices, address);
   std::copy_n(emulator::machine().thread().words, 4, words);
 }
 
