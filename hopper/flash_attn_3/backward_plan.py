@@ -71,7 +71,7 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
     """Choose the kernel and the launch shape. The result depends on nothing but the problem."""
     forward = problem.forward
     head_dim, head_dim_v = backward_head_dim_tiles(forward.head_dim, forward.head_dim_v)
-    tile = backward_tile(forward.head_dim, forward.head_dim_v, forward.score)
+    tile = backward_tile(forward.head_dim, forward.head_dim_v, forward.score, problem.accumulation)
     config = BackwardConfig(
         dtype=forward.dtype,
         head_dim=head_dim,
@@ -96,13 +96,18 @@ def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return tile, tile_v
 
 
-def backward_tile(head_dim: int, head_dim_v: int, score: Score) -> BackwardTile:
+def backward_tile(
+    head_dim: int, head_dim_v: int, score: Score, accumulation: Accumulation = Accumulation.UNORDERED
+) -> BackwardTile:
     """The tile for the caller's head dims. Raises ValueError where there is none."""
     tiles = backward_head_dim_tiles(head_dim, head_dim_v)
     if max(tiles) == 64 and score is Score.SCALED:
         return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=128, block_n=128)
     if sum(tiles) <= max_columns_by_keys(score):
-        return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=64, block_n=128)
+        # Where the accumulators leave the fewest registers, those of a turn are two too many for the staged path.
+        crowded = sum(tiles) > 256 and accumulation is Accumulation.ORDERED
+        dq_path = DqPath.DIRECT if crowded else DqPath.STAGED
+        return BackwardTile(WarpgroupSplit.KEYS, dq_path, block_m=64, block_n=128)
     if tiles[0] % 128 == 0:
         return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=128, num_dout_stages=1)
     return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=64)

@@ -6,7 +6,7 @@ import pytest
 
 from compile_tools import disassemble, opcodes
 from flash_attn_3 import compiler, presets
-from flash_attn_3.backward_config import Accumulation, BackwardConfig, DqPath, WarpgroupSplit
+from flash_attn_3.backward_config import Accumulation, BackwardConfig, WarpgroupSplit
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -41,6 +41,7 @@ REPRESENTATIVES = [
     planned(64, Mask.LOCAL, 128, SeqLayout.VARLEN),
     *(planned(d, mask, dv) for d, dv in [(192, 128), (192, 192), (256, 256)] for mask in (Mask.FULL, Mask.CAUSAL)),
     planned(192, Mask.LOCAL, 128, SeqLayout.VARLEN, accumulation=Accumulation.ORDERED),
+    planned(192, Mask.CAUSAL, 128, accumulation=Accumulation.ORDERED, dtype=Dtype.FP16),
     planned(192, Mask.LOCAL, 128, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),
     planned(256, Mask.LOCAL, 256, SeqLayout.VARLEN, accumulation=Accumulation.ORDERED, dtype=Dtype.FP16),
     planned(256, Mask.LOCAL, 256, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),
@@ -84,14 +85,6 @@ class TestBackwardKernels:
         assert instructions["USETMAXREG"] >= 2  # producer and consumers
         assert instructions["HMMA"] == 0  # the tensor-core instruction of older GPUs
         assert instructions["LDL"] == instructions["STL"] == 0  # local memory
-
-
-@pytest.mark.parametrize("layout", SeqLayout)
-def test_the_two_that_spill_spill_two_registers(compile_kernel, layout):
-    """The only exceptions among all backward kernels; they do not where dq takes the direct path."""
-    config = planned(192, Mask.CAUSAL, 128, layout, accumulation=Accumulation.ORDERED, dtype=Dtype.FP16)
-    assert compile_kernel(config).meta["stack_bytes"] <= 8
-    assert compile_kernel(dataclasses.replace(config, dq_path=DqPath.DIRECT)).meta["stack_bytes"] == 0
 
 
 @pytest.mark.parametrize("name", ["dq_columns", "preprocess_threads"])

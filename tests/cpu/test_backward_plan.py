@@ -128,7 +128,9 @@ def test_too_many_tiles():
 
 def test_every_axis_makes_a_kernel_of_its_own():
     configs = [
-        BackwardConfig(dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score)))
+        BackwardConfig(
+            dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score, order))
+        )
         for dims in itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES)
         for dtype, mask, layout, score, order in itertools.product(Dtype, Mask, SeqLayout, Score, Accumulation)
     ]
