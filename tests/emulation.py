@@ -14,10 +14,11 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,6 @@ class Emulator:
 
     def __init__(self, folder: Path, num_sms: int):
         self.folder = folder
-        self._sources = _source_tree(folder)
         self._driver = ctypes.CDLL(str(_driver(folder)), mode=ctypes.RTLD_GLOBAL)
         self._driver.emulator_configure.argtypes = (ctypes.c_uint, ctypes.c_uint64)
         self.num_sms = num_sms
@@ -96,29 +96,22 @@ class Emulator:
 
     @functools.cache  # noqa: B019, the machine lives as long as its process
     def kernel(self, config: KernelConfig, change: SourceChange | None = None) -> HostKernel:
-        """Compile a configuration's generated source for the host, or take it from `folder`."""
-        sources = self._sources if change is None else change.apply(self._sources)
-        source = '#include "entry.h"\n' + codegen.render(config) + _entries(config)
-        key = hashlib.sha256((source + _digest() + repr(change)).encode()).hexdigest()[:16]
-        library = self.folder / f"{config.name}-{key}.so"
-        cubin = library.with_suffix(".path")
-        if not cubin.exists():
-            unit = self.folder / f"{config.name}-{os.getpid()}.cc"
-            unit.write_text(source)
-            temporary = library.with_suffix(f".{os.getpid()}")
-            _compile(unit, temporary, [f"-I{sources}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
-            temporary.rename(library)
-            path = temporary.with_suffix(".tmp")
-            path.write_bytes(os.fsencode(library) + b"\0")
-            path.rename(cubin)
-        return HostKernel(config, cubin)
+        """The kernel of a configuration, compiled or taken from `folder`."""
+        return build(self.folder, config, change)
 
 
 class EmulatedMachine:
-    """A process that is a machine with an emulated GPU. `folder` keeps what is compiled, and may be shared."""
+    """A process that is a machine with an emulated GPU.
 
-    def __init__(self, folder: Path, num_sms: int = NUM_SMS):
+    `folder` keeps what is compiled, and may be shared; `configs` are compiled side by side at once.
+    """
+
+    def __init__(self, folder: Path, num_sms: int = NUM_SMS, configs: Iterable[KernelConfig] = ()):
         folder.mkdir(exist_ok=True)
+        order = list(dict.fromkeys(configs))
+        random.Random(os.getpid()).shuffle(order)  # another process that shares the folder begins with others
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(functools.partial(build, folder), order))
         self._pool = concurrent.futures.ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), _start, (folder, num_sms, fake_cuda.runtime_library())
         )
@@ -181,6 +174,25 @@ def _as_cuda(tensor: torch.Tensor | None) -> Any:
     if tensor is None:
         return None
     return fake_cuda.tensor(tensor.shape, _DTYPES[tensor.dtype], strides=tensor.stride(), address=tensor.data_ptr())
+
+
+def build(folder: Path, config: KernelConfig, change: SourceChange | None = None) -> HostKernel:
+    """Compile a configuration's generated source for the host, unless `folder` has it."""
+    source = '#include "entry.h"\n' + codegen.render(config) + _entries(config)
+    key = hashlib.sha256((source + _digest() + repr(change)).encode()).hexdigest()[:16]
+    library = folder / f"{config.name}-{key}.so"
+    cubin = library.with_suffix(".path")
+    if not cubin.exists():
+        tree = _source_tree(folder) if change is None else change.apply(_source_tree(folder))
+        unit = folder / f"{config.name}-{os.getpid()}.cc"
+        unit.write_text(source)
+        temporary = library.with_suffix(f".{os.getpid()}")
+        _compile(unit, temporary, [f"-I{tree}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
+        temporary.rename(library)
+        path = temporary.with_suffix(".tmp")
+        path.write_bytes(os.fsencode(library) + b"\0")
+        path.rename(cubin)
+    return HostKernel(config, cubin)
 
 
 def _source_tree(folder: Path) -> Path:

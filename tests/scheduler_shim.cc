@@ -33,6 +33,7 @@ struct Traits {
   static constexpr fa::Mask kMask = kMaskOfTraits;
   static constexpr fa::SeqLayout kSeqLayout = kLayout;
   static constexpr int kBlockM = ::kBlockM;
+  static constexpr int kClusterSize = 1;
 };
 
 // A copy that ends where readable memory ends: reading past it is a fault.

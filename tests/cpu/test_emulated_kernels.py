@@ -4,6 +4,8 @@ Cases of the sanitizer runs: small, and of every path. Each runs in three orders
 products as early as they can be, as late, and at random.
 """
 
+import os
+
 import pytest
 from tests.gpu import sanitizer_gradients, sanitizer_subset
 from tests.gpu.cases import Case, GradientCase, each
@@ -15,8 +17,13 @@ ORDERS = range(3)
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
+    cases = [*sanitizer_subset.CASES, *sanitizer_gradients.CASES]
     # Processes that run tests beside each other share what they compile.
-    machine = emulation.EmulatedMachine(tmp_path_factory.getbasetemp().parent / "emulated_kernels")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    configs = [config for case in cases for config in case.kernel_configs()]
+    machine = emulation.EmulatedMachine(folder / "emulated_kernels", configs=configs)
     yield machine.call
     machine.close()
 
