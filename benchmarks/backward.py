@@ -142,11 +142,8 @@ def _workspace_bytes(call: Call) -> int | None:
     return torch.cuda.max_memory_allocated() - held - sum(x.untyped_storage().nbytes() for x in results)
 
 
-def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> int | None:
-    """What the plan of one of this package's versions says: statistics of the query rows, and dq in fp32.
-
-    None where there are no kernels.
-    """
+def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> int:
+    """What the plan of one of this package's versions says: statistics of the query rows, and dq in fp32."""
     q, k, v, out = (torch.empty(size, dtype=dtype, device="meta") for size in (*shape.input_shapes, shape.out_shape))
     lse = torch.empty(0, device="meta")  # its size does not matter to the plan
     index_tensors, lengths = (None,) * 4, (None, None)
@@ -159,7 +156,5 @@ def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> in
     call = backward_signature(out, None, q, k, v, out, lse, index_tensors, options, is_deterministic)
     accumulation = Accumulation.ORDERED if is_deterministic else Accumulation.UNORDERED
     plan = plan_backward(BackwardProblem(forward_problem(call.forward, CPU_MODEL_SMS), accumulation))
-    if not plan.has_kernels:
-        return None
     statistics = math.prod(call.statistics_shape(plan.config.block_m))
     return _FLOAT_BYTES * (statistics + plan.dq_scratch_floats(statistics // 2))

@@ -6,7 +6,7 @@ import pytest
 
 from compile_tools import disassemble, opcodes
 from flash_attn_3 import compiler, presets
-from flash_attn_3.backward_config import Accumulation, BackwardConfig, WarpgroupSplit
+from flash_attn_3.backward_config import Accumulation, BackwardConfig, DqPath
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -79,8 +79,7 @@ class TestBackwardKernels:
         assert instructions["HGMMA"] >= chains
         assert instructions["UTMALDG"] >= 4  # q, dout, k, v
         assert instructions["UTMASTG"] >= 2  # dk, dv
-        by_keys = config.split is WarpgroupSplit.KEYS
-        assert (instructions["UBLKRED"] if by_keys else instructions["REDG"]) >= 1  # dq
+        assert instructions["UBLKRED" if config.dq_path is DqPath.STAGED else "REDG"] >= 1  # dq
         assert any(line.startswith("UBLKCP.S.S") for line in lines) == (config.cluster_size > 1)  # dS to the other CTA
         assert instructions["USETMAXREG"] >= 2  # producer and consumers
         assert instructions["HMMA"] == 0  # the tensor-core instruction of older GPUs
