@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if config.getoption("--emulate"):
         needing = [item for item in gpu_items if item.get_closest_marker("hardware")]
-        reason = "needs a GPU's streams, memory or pace"
+        reason = "needs a GPU's streams, memory, multiprocessors or pace"
     else:
         needing, reason = gpu_items, missing_hopper() if gpu_items else None
     if reason is not None:

@@ -147,7 +147,7 @@ def test_softcap_values(case: Case) -> None:
 
 
 @each([Case(128, seqlen_q=300, seqlen_k=300, causal=True)])
-@pytest.mark.parametrize("sm_margin", [1, 16, 131])
+@pytest.mark.parametrize("sm_margin", [1, *(pytest.param(n, marks=pytest.mark.hardware) for n in (16, 131))])
 def test_sm_margin(case: Case, sm_margin: int) -> None:
     """Fewer multiprocessors, the same bits."""
     tensors = make_tensors(case)
