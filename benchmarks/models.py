@@ -10,11 +10,12 @@ import argparse
 import heapq
 import math
 import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
-from flash_attn_3.heuristics import plan_forward
+from flash_attn_3.heuristics import ForwardPlan, plan_forward
 from flash_attn_3.problem import UNLIMITED, ForwardProblem, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
@@ -52,6 +53,22 @@ def accumulate(num_keys: int, keys_per_level: int) -> tuple[float, float]:
     return dot / (exact**2).sum(), 1.0 - dot / math.sqrt((found**2).sum() * (exact**2).sum())
 
 
+def causal_plan(head_dim: int, seqlen: int) -> ForwardPlan:
+    """The planner's answer to a causal problem of `TOKENS` tokens."""
+    batch, heads = TOKENS // seqlen, FEATURES // head_dim
+    return plan_forward(
+        ForwardProblem(
+            *(Dtype.BF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim),
+            *(MaskSpec(Mask.CAUSAL, UNLIMITED, 0), Score.SCALED, SeqLayout.DENSE, NUM_SMS),
+        )
+    )
+
+
+def num_tiles(head_dim: int, seqlen: int) -> tuple[int, int]:
+    """(query blocks of a head, heads of all sequences) of that problem."""
+    return -(-seqlen // causal_plan(head_dim, seqlen).config.block_m), TOKENS // seqlen * (FEATURES // head_dim)
+
+
 def sections(num_heads: int, heads: int, least_last: int) -> list[range]:
     """Heads worked on together: sections of `heads`, the last of at least `least_last`."""
     bounds = [0]
@@ -60,28 +77,25 @@ def sections(num_heads: int, heads: int, least_last: int) -> list[range]:
     return [range(*ends) for ends in zip(bounds, [*bounds[1:], num_heads], strict=True)]
 
 
-def occupancy(head_dim: int, seqlen: int, heads: int | None = None, last: float = 0.0) -> float:
+def causal_order(num_m_blocks: int, num_heads: int, heads: int, least_last: int) -> Iterator[int]:
+    """Query blocks in the order in which tiles are handed out: of each section the longest first."""
+    for section in sections(num_heads, heads, least_last):
+        for m_block in reversed(range(num_m_blocks)):
+            yield from (m_block for _ in section)
+
+
+def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int]) -> float:
     """Share of a causal launch's time in which its multiprocessors work, each taking the next tile when it is free.
 
-    heads: in a section; the planner's number by default. last: heads in the last section at least, in units of those
-    that keep all multiprocessors busy as long as the longest tile takes.
+    m_blocks: the query block of each tile, in the order in which they are handed out.
     """
-    num_heads = FEATURES // head_dim * (TOKENS // seqlen)
-    problem = ForwardProblem(
-        *(Dtype.BF16, TOKENS // seqlen, seqlen, seqlen, FEATURES // head_dim, FEATURES // head_dim, head_dim, head_dim),
-        *(MaskSpec(Mask.CAUSAL, UNLIMITED, 0), Score.SCALED, SeqLayout.DENSE, NUM_SMS),
-    )
-    plan = plan_forward(problem)
-    block_m, block_n = plan.config.block_m, plan.config.block_n
-    ends = [min(seqlen, end) for end in range(block_m, seqlen + block_m, block_m)]
-    costs = [TILE_OVERHEAD - (-end // block_n) for end in ends]
-    least_last = math.ceil(last * NUM_SMS * ends[-1] / sum(ends)) if last else 0
+    config = causal_plan(head_dim, seqlen).config
     free_at, work = [0.0] * NUM_SMS, 0.0
-    for section in sections(num_heads, heads or plan.heads_per_section, least_last):
-        for cost in reversed(costs):
-            for _ in section:
-                heapq.heapreplace(free_at, free_at[0] + cost)
-                work += cost
+    for m_block in m_blocks:
+        keys = min(seqlen, (m_block + 1) * config.block_m)
+        cost = TILE_OVERHEAD - (-keys // config.block_n)
+        heapq.heapreplace(free_at, free_at[0] + cost)
+        work += cost
     return work / NUM_SMS / max(free_at)
 
 
@@ -93,11 +107,14 @@ def main(arguments: list[str]) -> None:
             scale, distance = accumulate(2**22, keys_per_level)
             print(f"2^22 keys, {keys_per_level} a level: scale {scale:.4f}, cosine distance {distance:.1e}")
         return
-    print("head dim, S: occupancy with the planner's sections; with 5 heads each; with a last section of 1.5")
+    print("head dim, S: occupancy with the planner's sections but for the last one's size; with 5 heads each; with all")
     for head_dim in (64, 128, 256):
         for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-            shares = occupancy(head_dim, seqlen), occupancy(head_dim, seqlen, 5), occupancy(head_dim, seqlen, last=1.5)
-            print(f"{head_dim}, {seqlen}: " + "; ".join(f"{share:.3f}" for share in shares))
+            plan = causal_plan(head_dim, seqlen)
+            choices = (plan.heads_per_section, 0), (5, 0), (plan.heads_per_section, plan.least_heads_in_last_section)
+            orders = (causal_order(*num_tiles(head_dim, seqlen), *choice) for choice in choices)
+            shares = "; ".join(f"{occupancy(head_dim, seqlen, order):.3f}" for order in orders)
+            print(f"{head_dim}, {seqlen}: {shares}")
 
 
 if __name__ == "__main__":

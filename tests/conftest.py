@@ -1,5 +1,6 @@
 """Shared by all tests: import paths, the hypothesis profile, and why GPU tests are skipped."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -45,9 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from emulated_cuda import emulated_cuda
 
-    machine = emulated_cuda(config.cache.mkdir("emulated"))
-    machine.__enter__()
-    config.add_cleanup(lambda: machine.__exit__(None, None, None))
+    machine = contextlib.ExitStack()
+    machine.enter_context(emulated_cuda(config.cache.mkdir("emulated")))
+    config.add_cleanup(machine.close)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

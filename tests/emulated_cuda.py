@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -35,10 +34,9 @@ class _Generator(torch.Generator):
 
 
 @contextlib.contextmanager
-def emulated_cuda(folder: Path | None = None) -> Iterator[emulation.Emulator]:
+def emulated_cuda(folder: Path) -> Iterator[emulation.Emulator]:
     """Run the package and torch as on a machine with a Hopper GPU. `folder` keeps compiled kernels."""
     with contextlib.ExitStack() as stack:
-        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda *_: None))
         stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", lambda: None))

@@ -23,7 +23,7 @@ from .config import (
 )
 
 #: Tile widths of the backward pass, of q and k as of v; a head dim runs in the smallest that holds it.
-HEAD_DIM_TILES = (64, 128, 192, 256)
+BACKWARD_HEAD_DIM_TILES = (64, 128, 192, 256)
 _FP32_BYTES = 4
 _SMEM_ALIGNMENT = 1024
 #: Columns of dq that a warpgroup with all columns of dk and dv makes at once.
@@ -137,9 +137,9 @@ class BackwardConfig(KernelConfig):
         return self.head_dim_v // 2 if self.split is WarpgroupSplit.COLUMNS else self.head_dim_v
 
     @property
-    def scores_together(self) -> int:
-        """1 where the accumulators leave a warpgroup registers for S, dP and dS at once, else 0."""
-        return int(self.dk_columns + self.dv_columns <= 256)
+    def scores_together(self) -> bool:
+        """Whether the accumulators leave a warpgroup registers for S, dP and dS at once."""
+        return self.dk_columns + self.dv_columns <= 256
 
     @property
     def num_dq_parts(self) -> int:
@@ -237,8 +237,8 @@ class BackwardConfig(KernelConfig):
         by_keys = self.split is WarpgroupSplit.KEYS
         softcap = self.score is Score.SOFTCAP
         rules = [
-            (self.head_dim in HEAD_DIM_TILES, "head_dim", f"one of {HEAD_DIM_TILES}"),
-            (self.head_dim_v in HEAD_DIM_TILES, "head_dim_v", f"one of {HEAD_DIM_TILES}"),
+            (self.head_dim in BACKWARD_HEAD_DIM_TILES, "head_dim", f"one of {BACKWARD_HEAD_DIM_TILES}"),
+            (self.head_dim_v in BACKWARD_HEAD_DIM_TILES, "head_dim_v", f"one of {BACKWARD_HEAD_DIM_TILES}"),
             (
                 not by_keys or columns <= max_columns_by_keys(self.score),
                 "split",

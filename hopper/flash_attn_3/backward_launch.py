@@ -20,8 +20,8 @@ from .signature import BackwardSignature, TensorSpec
 
 #: To be dropped with the first run of the GPU tests of gradients.
 NOT_RUN_ON_A_GPU = (
-    "the backward kernels of flash_attn_3 have passed their tests in an emulator, and have not yet run on a GPU: "
-    "compare their gradients with another attention's before you rely on them"
+    "the backward kernels of flash_attn_3 have run in an emulator, and have not yet run on a GPU: compare their "
+    "gradients with another attention's before you rely on them"
 )
 
 

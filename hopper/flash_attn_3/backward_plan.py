@@ -9,7 +9,7 @@ import dataclasses
 import functools
 
 from .backward_config import (
-    HEAD_DIM_TILES,
+    BACKWARD_HEAD_DIM_TILES,
     Accumulation,
     BackwardConfig,
     DqPath,
@@ -21,7 +21,7 @@ from .heuristics import MAX_TILES
 from .problem import ForwardProblem
 
 #: Widest head dim that can be differentiated.
-MAX_BACKWARD_HEAD_DIM = HEAD_DIM_TILES[-1]
+MAX_BACKWARD_HEAD_DIM = BACKWARD_HEAD_DIM_TILES[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     if max(head_dim, head_dim_v) > MAX_BACKWARD_HEAD_DIM:
         limit = f"the backward pass has at most {MAX_BACKWARD_HEAD_DIM}"
         raise ValueError(f"head_dim={head_dim} with head_dim_v={head_dim_v} is not supported; {limit}")
-    tile, tile_v = (next(t for t in HEAD_DIM_TILES if x <= t) for x in (head_dim, head_dim_v))
+    tile, tile_v = (next(t for t in BACKWARD_HEAD_DIM_TILES if x <= t) for x in (head_dim, head_dim_v))
     return tile, tile_v
 
 

@@ -186,6 +186,6 @@ def _static_asserts(config: KernelConfig, shape: str, properties: tuple[str, ...
 
 def _static_assert(twin: str, name: str, config: KernelConfig) -> str:
     return (
-        f"static_assert({twin} == {getattr(config, name)},\n"
+        f"static_assert({twin} == {int(getattr(config, name))},\n"
         f'              "{name}: the Python configuration and the kernel headers disagree");'
     )

@@ -43,9 +43,8 @@ def flash_attn_func(
     a log-sum-exp of -inf. CPU tensors run a slow model of the kernel; CUDA tensors need a Hopper GPU.
 
     Gradients flow to q, k and v, from out and from lse, so results over disjoint keys may be merged by their
-    log-sum-exps and trained through; they cannot be differentiated again. On CUDA devices they exist for head dims, of
-    q as of v, up to 128 so far; beyond, backward() raises NotImplementedError. A row or key that sees nothing has
-    gradient 0.
+    log-sum-exps and trained through; they cannot be differentiated again. A row or key that sees nothing has gradient
+    0.
 
     Args:
         q: (b, sq, h, d), float16 or bfloat16. d is a multiple of 8, at most 256.

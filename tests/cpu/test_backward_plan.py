@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from flash_attn_3.backward_config import HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
+from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
 from flash_attn_3.backward_plan import BackwardProblem, BackwardTile, backward_tile, plan_backward
 from flash_attn_3.config import ConfigError, Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
@@ -131,7 +131,7 @@ def test_every_axis_makes_a_kernel_of_its_own():
         BackwardConfig(
             dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score, order))
         )
-        for dims in itertools.product(HEAD_DIM_TILES, HEAD_DIM_TILES)
+        for dims in itertools.product(BACKWARD_HEAD_DIM_TILES, BACKWARD_HEAD_DIM_TILES)
         for dtype, mask, layout, score, order in itertools.product(Dtype, Mask, SeqLayout, Score, Accumulation)
     ]
     for config in configs:

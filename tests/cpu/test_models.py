@@ -1,25 +1,71 @@
-"""The models behind the log of ideas: they must be able to tell the cases apart that the log tells apart."""
+"""The models behind the planner's choices: that they tell cases apart, and what they say of the choices made."""
 
+import ctypes
 import itertools
 
-from benchmarks.models import accumulate, occupancy, sections
+import pytest
+from benchmarks import models
 from hypothesis import given
 from hypothesis import strategies as st
 
+import host_headers
+from flash_attn_3.config import PROMOTION_KEYS, Mask
 
-def test_a_truncating_accumulator_shrinks_with_the_length_and_less_in_two_levels():
-    short, long = accumulate(2**14, 2**20)[0], accumulate(2**16, 2**20)[0]
-    assert long < short < 1.0
-    assert long < accumulate(2**16, 2**14)[0] < 1.0
+#: bfloat16 rounds to this, relatively.
+BF16_ROUNDING = 2.0**-9
+
+
+class TilePosition(ctypes.Structure):
+    _fields_ = (("m_block", ctypes.c_int32), ("head", ctypes.c_int32))
+
+
+def scale_in_one_level(num_keys: int) -> float:
+    return models.accumulate(num_keys, 2 * num_keys)[0]
+
+
+def test_one_level_shrinks_by_less_than_the_rounding_of_the_output():
+    """Why very long outputs are accumulated in levels of PROMOTION_KEYS keys."""
+    assert 0.0 < 1.0 - scale_in_one_level(PROMOTION_KEYS) <= BF16_ROUNDING / 4
+
+
+@pytest.mark.parametrize("num_keys", [PROMOTION_KEYS // 8, PROMOTION_KEYS // 2])
+def test_shrinkage_grows_with_the_length(num_keys):
+    """So that a level must end somewhere."""
+    assert 1.0 - scale_in_one_level(num_keys) < 1.0 - scale_in_one_level(2 * num_keys)
+
+
+def test_two_levels_shrink_less():
+    assert scale_in_one_level(2**16) < models.accumulate(2**16, 2**14)[0] < 1.0
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))
 def test_sections_share_out_all_heads(num_heads, heads, least_last):
-    found = sections(num_heads, heads, least_last)
+    found = models.sections(num_heads, heads, least_last)
     assert list(itertools.chain(*found)) == list(range(num_heads))
     assert all(len(section) == heads for section in found[:-1])
     assert len(found[-1]) >= min(num_heads, max(1, least_last))
 
 
 def test_a_larger_last_section_ends_a_launch_more_evenly():
-    assert occupancy(256, 8192) < occupancy(256, 8192, last=1.5) <= 1.0
+    plan, tiles = models.causal_plan(256, 8192), models.num_tiles(256, 8192)
+    smaller = models.occupancy(256, 8192, models.causal_order(*tiles, plan.heads_per_section, 0))
+    chosen = (plan.heads_per_section, plan.least_heads_in_last_section)
+    assert smaller < models.occupancy(256, 8192, models.causal_order(*tiles, *chosen)) <= 1.0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
+def test_causal_launches_keep_all_multiprocessors_busy(head_dim, seqlen):
+    """The planner's sections in the order of the kernels' own header."""
+    plan = models.causal_plan(head_dim, seqlen)
+    num_m_blocks, num_heads = models.num_tiles(head_dim, seqlen)
+    position = TilePosition()
+
+    def m_block(index: int) -> int:
+        host_headers.build("scheduler_shim.cc").tile_position(
+            *(list(Mask).index(Mask.CAUSAL), index, num_m_blocks, num_heads),
+            *(plan.heads_per_section, plan.least_heads_in_last_section, ctypes.byref(position)),
+        )
+        return position.m_block
+
+    assert models.occupancy(head_dim, seqlen, map(m_block, range(num_m_blocks * num_heads))) >= 0.96

@@ -146,14 +146,16 @@ inline void reduce_add(float* memory, const float* shared, int bytes) {
 
 inline void commit_stores() { ++machine().thread().store_groups; }
 
-// Until of all but the thread's last `pending` groups shared memory has been read, or everything is done.
-inline void wait_stores(int pending, bool only_read) {
+enum class StoreStage { kRead, kDone };  // of shared memory; in memory
+
+// Until all but the thread's last `pending` groups have come to that stage.
+inline void wait_stores(int pending, StoreStage stage) {
   Thread* const thread = &machine().thread();
   const int last = thread->store_groups - pending;
-  machine().wait("its stores", [thread, last, only_read] {
+  machine().wait("its stores", [thread, last, stage] {
     const auto& stores = thread->cta->stores;
     return std::none_of(stores.begin(), stores.end(), [&](const Store& store) {
-      return store.thread == thread && store.group < last && !(only_read && store.read);
+      return store.thread == thread && store.group < last && !(stage == StoreStage::kRead && store.read);
     });
   });
 }

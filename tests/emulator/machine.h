@@ -166,12 +166,6 @@ class Machine {
 
   // -- the asynchronous proxy's view of shared memory -----------------------------------------------------------------
 
-  void mark_written(uint32_t address, int bytes) {
-    for (uint32_t at = address / kUnit; at <= (address + bytes - 1) / kUnit; ++at) {
-      cta().written_by[at] = thread_->index + 1;
-    }
-  }
-
   void fence_async() {
     for (int& writer : cta().written_by) {
       if (writer == thread_->index + 1) writer = 0;

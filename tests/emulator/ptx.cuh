@@ -43,7 +43,7 @@ inline void bulk_reduce_add(float* to, uint32_t from, int bytes) {
   emulator::reduce_add(to, reinterpret_cast<float*>(emulator::machine().shared_pointer(from, bytes)), bytes);
 }
 
-inline void wait_bulk_groups_done() { emulator::wait_stores(0, /*only_read=*/false); }
+inline void wait_bulk_groups_done() { emulator::wait_stores(0, emulator::StoreStage::kDone); }
 inline void fence_proxies() { emulator::machine().fence_async(); }
 inline int load_acquire(const int32_t* address) { return *address; }
 inline void increment_release(int32_t* address) { ++*address; }

@@ -11,7 +11,16 @@ from gradient_reference import assert_gradients_close
 from reference import AttentionOptions, Sequences
 
 from .cases import GradientCase
-from .harness import POISONS, Tensors, _cumulative_list, _sequence, poisoned_allocations, run
+from .harness import (
+    POISONS,
+    Tensors,
+    _cumulative_list,
+    _sequence,
+    operator_arguments,
+    poisoned_allocations,
+    run,
+    sequence_arguments,
+)
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -57,12 +66,7 @@ def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> G
         if case.is_varlen:
             out, lse = flash_attn_interface.flash_attn_varlen_func(
                 *leaves,
-                cu_seqlens_q=tensors.cu_seqlens_q,
-                cu_seqlens_k=tensors.cu_seqlens_k,
-                max_seqlen_q=case.max_seqlen_q,
-                max_seqlen_k=case.max_seqlen_k,
-                seqused_q=tensors.seqused_q,
-                seqused_k=tensors.seqused_k,
+                **sequence_arguments(case, tensors),
                 **arguments,
             )
         else:
@@ -82,27 +86,9 @@ def differentiate_by_operator(
     with poisoned_allocations():
         dq, dk, dv = gradients or (torch.empty_like(x) for x in (tensors.q, tensors.k, tensors.v))
         torch.ops.flash_attn_3.bwd(
-            incoming.dout,
-            tensors.q,
-            tensors.k,
-            tensors.v,
-            out,
-            lse,
-            dq,
-            dk,
-            dv,
-            cu_seqlens_q=tensors.cu_seqlens_q,
-            cu_seqlens_k=tensors.cu_seqlens_k,
-            seqused_q=tensors.seqused_q,
-            seqused_k=tensors.seqused_k,
-            max_seqlen_q=None if case.lens_q is None else case.max_seqlen_q,
-            max_seqlen_k=None if case.lens_k is None else case.max_seqlen_k,
-            softmax_scale=case.softmax_scale,
-            is_causal=case.causal,
-            window_size_left=case.window_size[0],
-            window_size_right=case.window_size[1],
-            softcap=case.softcap,
+            *(incoming.dout, tensors.q, tensors.k, tensors.v, out, lse, dq, dk, dv),
             deterministic=case.deterministic,
+            **operator_arguments(case, tensors),
         )
     return dq, dk, dv
 

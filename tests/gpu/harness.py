@@ -92,38 +92,42 @@ def run(case: Case, tensors: Tensors, **options: object) -> tuple[torch.Tensor, 
     with poisoned_allocations():
         if not case.is_varlen:
             return flash_attn_interface.flash_attn_func(q, k, v, **arguments | options)
-        arguments |= {
-            "cu_seqlens_q": tensors.cu_seqlens_q,
-            "cu_seqlens_k": tensors.cu_seqlens_k,
-            "max_seqlen_q": case.max_seqlen_q,
-            "max_seqlen_k": case.max_seqlen_k,
-            "seqused_q": tensors.seqused_q,
-            "seqused_k": tensors.seqused_k,
-        }
+        arguments |= sequence_arguments(case, tensors)
         return flash_attn_interface.flash_attn_varlen_func(q, k, v, **arguments | options)
+
+
+def sequence_arguments(case: Case, tensors: Tensors) -> dict[str, object]:
+    """Where the sequences of packed sides lie, in the words of all functions."""
+    return {
+        "cu_seqlens_q": tensors.cu_seqlens_q,
+        "cu_seqlens_k": tensors.cu_seqlens_k,
+        "max_seqlen_q": None if case.lens_q is None else case.max_seqlen_q,
+        "max_seqlen_k": None if case.lens_k is None else case.max_seqlen_k,
+        "seqused_q": tensors.seqused_q,
+        "seqused_k": tensors.seqused_k,
+    }
+
+
+def operator_arguments(case: Case, tensors: Tensors) -> dict[str, object]:
+    """What the raw operators of both passes call alike."""
+    return sequence_arguments(case, tensors) | {
+        "softmax_scale": case.softmax_scale,
+        "is_causal": case.causal,
+        "window_size_left": case.window_size[0],
+        "window_size_right": case.window_size[1],
+        "softcap": case.softcap,
+    }
 
 
 def run_operator(case: Case, tensors: Tensors, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The same call through torch.ops.flash_attn_3.fwd, which takes every mixture of dense and varlen sides."""
     with poisoned_allocations():
         result = torch.ops.flash_attn_3.fwd(
-            tensors.q,
-            tensors.k,
-            tensors.v,
+            *(tensors.q, tensors.k, tensors.v),
             out=out,
-            cu_seqlens_q=tensors.cu_seqlens_q,
-            cu_seqlens_k=tensors.cu_seqlens_k,
-            seqused_q=tensors.seqused_q,
-            seqused_k=tensors.seqused_k,
-            max_seqlen_q=None if case.lens_q is None else case.max_seqlen_q,
-            max_seqlen_k=None if case.lens_k is None else case.max_seqlen_k,
-            softmax_scale=case.softmax_scale,
-            is_causal=case.causal,
-            window_size_left=case.window_size[0],
-            window_size_right=case.window_size[1],
             attention_chunk=case.attention_chunk,
-            softcap=case.softcap,
             num_splits=1,
+            **operator_arguments(case, tensors),
         )
     return result[0], result[1]
 

@@ -8,28 +8,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-
-import torch
-
-from flash_attn_3.backward_config import HEAD_DIM_TILES
+from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES
 
 from .cases import KERNEL_MASKS, GradientCase
 from .gradients import Incoming, check_gradients, differentiate, make_incoming
-from .harness import Tensors, make_tensors
+from .harness import make_tensors
+from .sanitizer_subset import on_device, run_all
 
 LENS_Q, LENS_K = (70, 0, 1, 200), (130, 5, 0, 200)
 
 CASES = [
     *(
         GradientCase(d, batch=1, seqlen_q=200, seqlen_k=333, heads_q=2, heads_kv=1, **mask.options)
-        for d in HEAD_DIM_TILES
+        for d in BACKWARD_HEAD_DIM_TILES
         for mask in KERNEL_MASKS
     ),
     *(
         GradientCase(d, lens_q=LENS_Q, lens_k=LENS_K, heads_q=2, heads_kv=1, spare_q=3, spare_k=70, causal=True)
-        for d in HEAD_DIM_TILES
+        for d in BACKWARD_HEAD_DIM_TILES
     ),
     GradientCase(64, 128, batch=1, seqlen_q=129, seqlen_k=129, heads_q=1, heads_kv=1, causal=True),
     GradientCase(192, 128, batch=1, seqlen_q=129, seqlen_k=129, heads_q=1, heads_kv=1, causal=True),
@@ -46,19 +42,9 @@ def run_case(case: GradientCase, device: str = "cuda") -> None:
     """Differentiate and check one case; the reference stays on the CPU, so the sanitizer sees our kernels alone."""
     tensors = make_tensors(case, "cpu")
     incoming = make_incoming(case, tensors)
-    values = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
-    on_device = Tensors(*(value if value is None else value.to(device) for value in values))
-    gradients = differentiate(case, on_device, Incoming(incoming.dout.to(device), None))
+    gradients = differentiate(case, on_device(tensors, device), Incoming(incoming.dout.to(device), None))
     check_gradients(case, tensors, incoming, tuple(gradient.cpu() for gradient in gradients))
 
 
-def main() -> int:
-    for case in CASES:
-        run_case(case)
-        torch.cuda.synchronize()
-        sys.stdout.write(f"ok {case}\n")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_all(CASES, run_case)

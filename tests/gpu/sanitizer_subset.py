@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -37,22 +38,26 @@ CASES = [
 ]
 
 
+def on_device(tensors: Tensors, device: str) -> Tensors:
+    """Copies of all tensors."""
+    values = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
+    return Tensors(*(value if value is None else value.to(device) for value in values))
+
+
 def run_case(case: Case, device: str = "cuda") -> None:
     """Call and check one case; the reference stays on the CPU, so that the sanitizer sees our kernel alone."""
     tensors = make_tensors(case, "cpu")
-    values = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
-    on_device = Tensors(*(value if value is None else value.to(device) for value in values))
-    out, lse = run(case, on_device)
+    out, lse = run(case, on_device(tensors, device))
     check(case, tensors, out.cpu(), lse.cpu())
 
 
-def main() -> int:
-    for case in CASES:
+def run_all(cases: Iterable[Case], run_case: Callable[[Case], None]) -> None:
+    """Run the cases one by one, and say so."""
+    for case in cases:
         run_case(case)
         torch.cuda.synchronize()
         sys.stdout.write(f"ok {case}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_all(CASES, run_case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_attn_3.backward_config import HEAD_DIM_TILES
+from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES
 
 from .cases import CAUSAL, KERNEL_MASKS, WINDOW, GradientCase, each
 from .gradients import check_case, differentiate, make_incoming
@@ -17,7 +17,7 @@ from .harness import make_tensors
     GradientCase(
         d, lens_q=(70,) * 177, lens_k=tuple(range(100, 277)), heads_q=1, heads_kv=1, softmax_scale=0.125, **mask.options
     )
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
 )
 def test_n3_strongly_negative_scores(case: GradientCase, shift: float) -> None:
@@ -32,7 +32,7 @@ def test_n3_strongly_negative_scores(case: GradientCase, shift: float) -> None:
 
 @each(
     GradientCase(d, seqlen_q=100, seqlen_k=sk, softmax_scale=0.125, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
     for sk in (2, 65, 129, 200)
 )
@@ -44,7 +44,7 @@ def test_n3_strongly_negative_scores_dense(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, batch=1, heads_q=2, seqlen_q=sq, seqlen_k=sk, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in (CAUSAL, WINDOW)
     for sq, sk in [(300, 5), (257, 128)]
 )
@@ -62,7 +62,7 @@ def test_n2_rows_without_a_key(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, batch=1, heads_q=2, seqlen_q=sq, seqlen_k=sk, window_size=window)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for sq, sk, window in [(5, 700, (3, 3)), (100, 1000, (70, 0)), (64, 513, (1, 0))]
 )
 def test_keys_that_no_query_sees(case: GradientCase) -> None:
@@ -74,7 +74,7 @@ def test_keys_that_no_query_sees(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, lens_q=lens_q, lens_k=lens_k, heads_kv=1, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
     for lens_q, lens_k in [
         ((0, 0, 200), (0, 0, 300)),
@@ -92,7 +92,7 @@ def test_n6_n7_n9_zero_lengths_on_both_sides(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, **lengths, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
     for lengths in [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}, {"lens_q": (0, 0), "lens_k": (5, 70)}]
 )
@@ -104,7 +104,7 @@ def test_n5_empty_calls(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, lens_q=(100, 200), lens_k=(150, 250), used_q=used, used_k=(0, 250), **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
     for used in [(0, 0), (0, 200), (100, 0), (1, 129)]
 )
@@ -116,7 +116,7 @@ def test_n9_rows_past_seqused_have_gradient_zero(case: GradientCase) -> None:
 @pytest.mark.parametrize("heads_kv", [1, 4])
 @each(
     GradientCase(d, lens_q=(100, 3, 70), lens_k=(150, 0, 33), spare_q=spare_q, spare_k=spare_k, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
     for spare_q, spare_k in [(2, 130), (130, 2), (0, 1)]
 )
@@ -129,7 +129,7 @@ def test_n11_rows_past_the_last_sequence_have_gradient_zero(case: GradientCase, 
 
 @each(
     GradientCase(d, lens_q=(90, 200), lens_k=(150, 250), heads_q=8, heads_kv=2, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
 )
 def test_n10_n12_scratch_of_other_calls(case: GradientCase) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flash_attn_interface
-from flash_attn_3.backward_config import HEAD_DIM_TILES
+from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES
 
 from .cases import CAUSAL, FULL, KERNEL_MASKS, MASKS, GradientCase, each
 from .gradients import (
@@ -48,7 +48,7 @@ def test_softcap(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, heads_q=heads_q, heads_kv=heads_kv, seqlen_q=190, seqlen_k=150, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for heads_q, heads_kv in [(1, 1), (6, 6), (6, 2), (5, 1), (16, 2)]
     for mask in KERNEL_MASKS
 )
@@ -58,7 +58,7 @@ def test_head_groups(case: GradientCase) -> None:
 
 @each(
     GradientCase(d, batch=1, heads_q=2, heads_kv=1, seqlen_q=sq, seqlen_k=sk, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for sq, sk in [(1, 2), (1, 300), (300, 2), (63, 65), (64, 128), (65, 127), (129, 257), (127, 129), (1000, 77)]
     for mask in KERNEL_MASKS
 )
@@ -66,7 +66,9 @@ def test_odd_lengths(case: GradientCase) -> None:
     check_case(case, make_tensors(case))
 
 
-@each(GradientCase(d, seqlen_q=70, seqlen_k=1, **mask.options) for d in HEAD_DIM_TILES for mask in (FULL, CAUSAL))
+@each(
+    GradientCase(d, seqlen_q=70, seqlen_k=1, **mask.options) for d in BACKWARD_HEAD_DIM_TILES for mask in (FULL, CAUSAL)
+)
 def test_a_single_key(case: GradientCase) -> None:
     """Its weight is 1 whatever its score: dq and dk are zero but for rounding in fp32, which the rule leaves out."""
     tensors = make_tensors(case)
@@ -78,14 +80,18 @@ def test_a_single_key(case: GradientCase) -> None:
     torch.testing.assert_close(dv.double(), expected, rtol=0.02, atol=0.02)
 
 
-@each(GradientCase(d, seqlen_q=1500, seqlen_k=2100, **mask.options) for d in HEAD_DIM_TILES for mask in KERNEL_MASKS)
+@each(
+    GradientCase(d, seqlen_q=1500, seqlen_k=2100, **mask.options)
+    for d in BACKWARD_HEAD_DIM_TILES
+    for mask in KERNEL_MASKS
+)
 def test_many_blocks(case: GradientCase) -> None:
     check_case(case, make_tensors(case))
 
 
 @each(
     GradientCase(d, lens_q=(100, 0, 257, 1), lens_k=(150, 70, 0, 300), **mask.options)
-    for d in (72, *HEAD_DIM_TILES)
+    for d in (72, *BACKWARD_HEAD_DIM_TILES)
     for mask in MASKS
 )
 def test_packed_sequences(case: GradientCase) -> None:
@@ -95,7 +101,7 @@ def test_packed_sequences(case: GradientCase) -> None:
 @pytest.mark.parametrize("lens", [{"lens_q": (100, 200)}, {"lens_k": (100, 200)}, {}], ids=["q", "k", "dense"])
 @each(
     GradientCase(d, batch=2, seqlen_q=200, seqlen_k=200, used_q=(99, 130), used_k=(77, 0), **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for mask in KERNEL_MASKS
 )
 def test_mixtures_of_dense_and_packed_sides(case: GradientCase, lens: dict[str, tuple[int, ...]]) -> None:
@@ -105,7 +111,7 @@ def test_mixtures_of_dense_and_packed_sides(case: GradientCase, lens: dict[str, 
 
 @each(
     GradientCase(d, seqlen_q=200, seqlen_k=333, softcap=softcap, **mask.options)
-    for d in HEAD_DIM_TILES
+    for d in BACKWARD_HEAD_DIM_TILES
     for softcap in (0.0, 10.0)
     for mask in MASKS
 )
@@ -113,7 +119,7 @@ def test_gradient_of_the_log_sum_exp(case: GradientCase) -> None:
     check_case(case, make_tensors(case), with_dlse=True)
 
 
-@each(GradientCase(d, lens_q=(100, 257), lens_k=(150, 30), causal=True) for d in HEAD_DIM_TILES)
+@each(GradientCase(d, lens_q=(100, 257), lens_k=(150, 30), causal=True) for d in BACKWARD_HEAD_DIM_TILES)
 def test_gradient_of_the_log_sum_exp_of_packed_sequences(case: GradientCase) -> None:
     check_case(case, make_tensors(case), with_dlse=True)
 
@@ -121,7 +127,11 @@ def test_gradient_of_the_log_sum_exp_of_packed_sequences(case: GradientCase) -> 
 # -- layout ------------------------------------------------------------------------------------------------
 
 
-@each(GradientCase(d, heads_kv=4, seqlen_q=190, seqlen_k=190, **mask.options) for d in HEAD_DIM_TILES for mask in MASKS)
+@each(
+    GradientCase(d, heads_kv=4, seqlen_q=190, seqlen_k=190, **mask.options)
+    for d in BACKWARD_HEAD_DIM_TILES
+    for mask in MASKS
+)
 def test_l1_l8_packed_qkv(case: GradientCase) -> None:
     """L1, L8: one gradient for one packed tensor, written in place."""
     tensors = make_tensors(case)
@@ -136,7 +146,7 @@ def test_l1_l8_packed_qkv(case: GradientCase) -> None:
     check_gradients(case, tensors, incoming, dqkv.unbind(2))
 
 
-@each(GradientCase(d, seqlen_q=150, seqlen_k=170, causal=True) for d in (40, *HEAD_DIM_TILES))
+@each(GradientCase(d, seqlen_q=150, seqlen_k=170, causal=True) for d in (40, *BACKWARD_HEAD_DIM_TILES))
 def test_l1_every_tensor_with_its_own_strides(case: GradientCase) -> None:
     """L1: q, k, v, dout and all gradients lie in memory in ways of their own; what surrounds them stays as it is."""
     tensors = make_tensors(case)
@@ -161,7 +171,7 @@ def _guarded(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1,), (2,)], ids=str)
-@each(GradientCase(d, seqlen_q=150, seqlen_k=170) for d in HEAD_DIM_TILES)
+@each(GradientCase(d, seqlen_q=150, seqlen_k=170) for d in BACKWARD_HEAD_DIM_TILES)
 def test_l1_expanded_gradient(case: GradientCase, dims: tuple[int, ...]) -> None:
     """L1: dout has strides of 0, as the gradient of a sum does."""
     tensors = make_tensors(case)
@@ -191,7 +201,7 @@ def test_unwanted_gradients(case: GradientCase, wanted: str) -> None:
     [
         *(
             GradientCase(d, seqlen_q=1000, seqlen_k=1500, deterministic=True, **mask.options)
-            for d in HEAD_DIM_TILES
+            for d in BACKWARD_HEAD_DIM_TILES
             for mask in KERNEL_MASKS
         ),
         GradientCase(64, 128, seqlen_q=500, seqlen_k=700, deterministic=True),

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "stage.cuh"
+#include "../core/stage.cuh"
 #include "turn.cuh"
 
 namespace fa {

@@ -1,9 +1,7 @@
 // The producer: loads a tile's keys and values once, then queries, output gradients and row statistics block by block.
 #pragma once
 
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-
+#include "../core/copy.cuh"
 #include "key_chunks.cuh"
 #include "smem.cuh"
 
@@ -53,8 +51,8 @@ class BackwardProducer {
     const int row = tile_.k.map_row(params_.row_bound_k, first_key<Traits>(tile_, rank));
     TransactionBarrier::expect_transaction(full, num_chunks * kChunkBytes);
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      load_chunk<1>(map, full, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns, tile_.head_kv, row,
-                    tile_.k);
+      load_box<1>(map, full, CacheHint::EVICT_LAST, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns,
+                  tile_.head_kv, row, tile_.k);
     }
   }
 
@@ -88,21 +86,8 @@ class BackwardProducer {
 #pragma unroll(kShares == 1 ? 8 : 1)
     for (int chunk = tile_rank<Traits>(); chunk < kColumns / kChunkColumns; chunk += kShares) {
       const bool exists = !KeyChunks<Traits>::kMayBeMissing || chunk * kChunkColumns < columns;
-      load_chunk<kShares>(map, full, tile + chunk * Traits::kBlockM * kSwizzleBytes, exists ? chunk * kChunkColumns : 0,
-                          head, row, tile_.q);
-    }
-  }
-
-  // To the same place in each of the CTAs that share it, completing the same barrier in each.
-  template <int kShares>
-  FA_DEVICE static void load_chunk(const CUtensorMap& map, uint64_t* full, uint8_t* chunk, int column, int head,
-                                   int row, const Sequence& sequence) {
-    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
-    if constexpr (kShares == 1) {
-      cute::SM90_TMA_LOAD_5D::copy(&map, full, kHint, chunk, column, head, row, sequence.map_origin(), sequence.batch);
-    } else {
-      cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, full, (1 << kShares) - 1, kHint, chunk, column, head, row,
-                                             sequence.map_origin(), sequence.batch);
+      load_box<kShares>(map, full, CacheHint::EVICT_LAST, tile + chunk * Traits::kBlockM * kSwizzleBytes,
+                        exists ? chunk * kChunkColumns : 0, head, row, tile_.q);
     }
   }
 

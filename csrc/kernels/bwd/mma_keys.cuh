@@ -54,7 +54,7 @@ class KeySplitMma {
   // Both products of a step beside the accumulators, or one after the other where those leave no registers for both.
   static constexpr bool kScoresTogether = Shape::kScoresTogether;
   // Weights of dS in full precision take block_m / 2 registers until dS is known. Where there are none to spare, P as
-  // it is rounded for dV takes their place, or with a softcap, whose slope P lacks, they are rounded, too.
+  // it is rounded for dV takes their place. With a softcap, whose slope P lacks, the weights are rounded themselves.
   static constexpr bool kSoftcap = ScoreGradients<Traits>::kSoftcap;
   static constexpr bool kRoundsWeights = Traits::kBlockM > 64 || !kScoresTogether;
   static_assert(!(kRoundsWeights && kSoftcap), "a rounded P has lost the slope");
@@ -102,13 +102,13 @@ class KeySplitMma {
   FA_DEVICE void differentiate_together(int m_block, int stage, Packed& p) {
     Scores scores, dscores;
     issue_scores(scores, stage);
-    issue_dscores(dscores, stage);
+    issue_dscores(dscores);
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
     gradients_.template to_probabilities<kKind>(m_block, smem_.lse_log2[stage], scores, p);
     Packed weights;
     if constexpr (kSoftcap) pack_fragment<Traits::kDtype>(weights, scores);
-    issue_dv(p, stage);
+    issue_dv(p);
     cute::warpgroup_wait<1>();
     fence_fragment(dscores);
     if constexpr (kSoftcap) {
@@ -134,8 +134,8 @@ class KeySplitMma {
     cute::warpgroup_wait<0>();
     fence_fragment(scores);
     gradients_.template to_probabilities<kKind>(m_block, smem_.lse_log2[stage], scores, p);
-    issue_dscores(scores, stage);
-    issue_dv(p, stage);
+    issue_dscores(scores);
+    issue_dv(p);
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
     gradients_.write_score_gradients(p, smem_.delta[dout_at().index()], scores, ds_tile(), warpgroup_ * kWarpgroupRows);
@@ -158,7 +158,7 @@ class KeySplitMma {
     cute::warpgroup_commit_batch();
   }
 
-  FA_DEVICE void issue_dscores(Scores& dscores, int stage) {
+  FA_DEVICE void issue_dscores(Scores& dscores) {
     control_.dout.wait_full(dout_at());
     fence_fragment(dscores);
     cute::warpgroup_arrive();
@@ -167,7 +167,7 @@ class KeySplitMma {
     cute::warpgroup_commit_batch();
   }
 
-  FA_DEVICE void issue_dv(Packed& p, int stage) {
+  FA_DEVICE void issue_dv(Packed& p) {
     fence_fragment(dv);
     fence_fragment(p);
     cute::warpgroup_arrive();

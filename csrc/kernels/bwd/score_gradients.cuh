@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../core/fragment.cuh"
+#include "../core/stage.cuh"
 #include "smem.cuh"
-#include "stage.cuh"
 
 namespace fa {
 

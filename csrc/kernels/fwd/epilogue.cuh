@@ -4,6 +4,7 @@
 
 #include <cute/arch/copy_sm90.hpp>
 
+#include "../core/stage.cuh"
 #include "mma.cuh"
 #include "smem.cuh"
 
@@ -86,22 +87,18 @@ class Epilogue {
     }
   }
 
-  // out (64 x head_dim_v) to shared memory, 16 columns at a time: four 8x8 matrices, two down and two across. Lane l
-  // gives the address of row l % 8 of matrix l / 8.
+  // out (64 x head_dim_v) to shared memory.
   FA_DEVICE void write_fragment(const Fragment& out) {
-    const int lane = threadIdx.x % kWarpThreads;
-    const int row = threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
-    const uint32_t row_address = cute::cast_smem_ptr_to_uint(smem_.output(warpgroup_)) + row * Shape::kSwizzleBytesV;
-    // The swizzle exchanges 16-byte units within a row by the row's number modulo 8 (128 bytes), or by half of it
-    // modulo 4 (64 bytes).
-    const int unit_mask = Shape::kSwizzleBytesV == 128 ? row % 8 : row / 2 % 4;
+    const uint32_t tile = cute::cast_smem_ptr_to_uint(smem_.output(warpgroup_));
 #pragma unroll
-    for (int column = 0; column < Traits::kHeadDimV; column += 16) {
-      const int unit = column % kChunkColumns / 8 + lane / 16;
-      const uint32_t address = row_address + column / kChunkColumns * kChunkBytes + ((unit ^ unit_mask) << 4);
-      const int i = column / 2;
-      store_matrices(address, pack<Traits::kDtype>(out[i], out[i + 1]), pack<Traits::kDtype>(out[i + 2], out[i + 3]),
-                     pack<Traits::kDtype>(out[i + 4], out[i + 5]), pack<Traits::kDtype>(out[i + 6], out[i + 7]));
+    for (int column = 0; column < Traits::kHeadDimV; column += kMatricesColumns) {
+      uint32_t words[kMatricesColumns / 4];
+#pragma unroll
+      for (int j = 0; j < kMatricesColumns / 4; ++j) {
+        const int i = column / 2 + 2 * j;
+        words[j] = pack<Traits::kDtype>(out[i], out[i + 1]);
+      }
+      stage_matrices<kWarpgroupRows, Shape::kSwizzleBytesV>(tile, /*first_row=*/0, column, words);
     }
   }
 

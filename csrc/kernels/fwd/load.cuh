@@ -1,15 +1,11 @@
 // The producer warp: chooses tiles, announces them, and feeds q, k and v to shared memory by TMA.
 #pragma once
 
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-
+#include "../core/copy.cuh"
 #include "../core/scheduler.cuh"
 #include "smem.cuh"
 
 namespace fa {
-
-using CacheHint = cute::TMA::CacheHintSm90;
 
 template <class Traits>
 FA_DEVICE Visibility<Traits::kMask> tile_visibility(const ForwardParams& params, const WorkTile& tile) {
@@ -163,21 +159,8 @@ class Producer {
 #pragma unroll(kShares == 1 ? 8 : 1)
     for (int chunk = share; chunk < kColumns / kChunkColumns; chunk += kShares) {
       if (chunk >= num_chunks) break;
-      copy<kShares>(map, full, hint, tile + chunk * kRows * kSwizzleBytes, column + chunk * kChunkColumns, head,
-                    sequence.map_row(row_bound, row), sequence);
-    }
-  }
-
-  // One box, to the same place in each of the cluster's CTAs that share it, completing the same barrier in each.
-  template <int kShares>
-  FA_DEVICE static void copy(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* to, int column, int head,
-                             int map_row, const Sequence& sequence) {
-    if constexpr (kShares == 1) {
-      cute::SM90_TMA_LOAD_5D::copy(&map, full, static_cast<uint64_t>(hint), to, column, head, map_row,
-                                   sequence.map_origin(), sequence.batch);
-    } else {
-      cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, full, (1 << kShares) - 1, static_cast<uint64_t>(hint), to, column,
-                                             head, map_row, sequence.map_origin(), sequence.batch);
+      load_box<kShares>(map, full, hint, tile + chunk * kRows * kSwizzleBytes, column + chunk * kChunkColumns, head,
+                        sequence.map_row(row_bound, row), sequence);
     }
   }
 

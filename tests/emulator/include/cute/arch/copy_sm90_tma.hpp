@@ -39,7 +39,7 @@ inline void tma_store_arrive() { emulator::commit_stores(); }
 
 template <int kPending>
 void tma_store_wait() {
-  emulator::wait_stores(kPending, /*only_read=*/true);
+  emulator::wait_stores(kPending, emulator::StoreStage::kRead);
 }
 
 }  // namespace cute

@@ -1,7 +1,7 @@
 // Fragments to shared memory, in the layout that TMA and wgmma read.
 #pragma once
 
-#include "../core/fragment.cuh"
+#include "fragment.cuh"
 
 namespace fa {
 
@@ -13,6 +13,8 @@ FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column) {
   constexpr int kChunkColumns = kSwizzleBytes / 2;
   const int lane = threadIdx.x % kWarpThreads;
   const int row = first_row + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
+  // The swizzle exchanges 16-byte units within a row by the row's number modulo 8 (128 bytes), or by half of it modulo
+  // 4 (64 bytes).
   const int unit_mask = kSwizzleBytes == 128 ? row % 8 : row / 2 % 4;
   const int unit = column % kChunkColumns / 8 + lane / 16;
   return tile + column / kChunkColumns * kRows * kSwizzleBytes + row * kSwizzleBytes + ((unit ^ unit_mask) << 4);
