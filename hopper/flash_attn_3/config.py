@@ -100,11 +100,14 @@ class Rescale(KernelEnum):
     """When the accumulated output is brought to a new maximum of its row.
 
     EAGER: at every key block. LAZY: when the maximum has grown by more than 8 in the base-2 exponent since the last
-    time, which a branch finds out; the result is exact either way. LAZY pays where the output is wide.
+    time, which a branch finds out. LAZY pays where the output is wide. ON_OVERFLOW: when the exponentials of a block
+    add up to 2^15; the maximum of a block that all rows see as a whole is not even looked for, and its scores are
+    computed a second time if it turns out to be needed. The result is exact in each case.
     """
 
     EAGER = "kEager"
     LAZY = "kLazy"
+    ON_OVERFLOW = "kOnOverflow"
 
 
 class OutputBuffer(KernelEnum):

@@ -6,7 +6,7 @@ import pytest
 
 from compile_tools import disassemble, innermost_loops, opcodes
 from flash_attn_3 import compiler
-from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Score, SeqLayout
+from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, MaskSpec
 
@@ -85,6 +85,26 @@ class TestRepresentativeKernels:
             f"{config.name}: {meta['compile_seconds']:.1f} s ({meta['compile_cpu_seconds']:.1f} s of CPU), "
             f"{meta['compile_peak_bytes'] / 1e9:.2f} GB"
         )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_block_is_tried_without_its_maximum(compile_kernel, head_dim):
+    """Rescale.ON_OVERFLOW: from the products of a whole block to the branch that skips its second try."""
+    config = dataclasses.replace(planned(head_dim, Mask.FULL), rescale=Rescale.ON_OVERFLOW)
+    kernel = compile_kernel(config)
+    assert (kernel.meta["spill_store_bytes"], kernel.meta["spill_load_bytes"]) == (0, 0)
+    lines = disassemble(kernel)
+    instructions = opcodes(lines)
+    assert instructions["HMMA"] >= config.block_n // 8  # the second try's products
+    second_try = next(index for index, line in enumerate(lines) if line.startswith("HMMA"))
+    products = max(index for index, line in enumerate(lines[:second_try]) if line.startswith("HGMMA"))
+    first_try = lines[products:second_try]
+    found = opcodes(first_try)
+    assert found["MUFU"] == config.block_n // 2
+    assert found["FMNMX"] == found["SHFL"] == 0
+    assert found["VOTE"] == 1
+    wait = next(index for index, line in enumerate(first_try) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    assert opcodes(first_try[:wait])["MUFU"] == config.block_n // 2
 
 
 def test_compile_budget(compile_kernel):

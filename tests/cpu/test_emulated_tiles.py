@@ -1,17 +1,13 @@
 """Tiles that the planner's table may come to hold: each axis of the tuner's away from its default, in the emulator."""
 
-import dataclasses
-
 import pytest
 import torch
 from tests.gpu.cases import Case
-from tests.gpu.harness import check, make_tensors
+from tests.gpu.harness import make_tensors
 
 import emulation
+from emulated_tiles import run_tile
 from flash_attn_3.config import OutputBuffer, Rescale, Schedule
-from flash_attn_3.heuristics import plan_choice, tile_key
-from flash_attn_3.launch import cuda_forward
-from flash_attn_3.tile_table import TileChoice, forward_tiles
 
 DENSE = {"batch": 1, "seqlen_q": 300, "seqlen_k": 450, "heads_q": 2, "heads_kv": 1}
 VARLEN = {"lens_q": (300, 0, 1, 200), "lens_k": (130, 5, 0, 300), "heads_q": 2, "heads_kv": 1}
@@ -27,6 +23,14 @@ TILES = [
     (Case(128, **VARLEN), {"cluster_size": 2}),
     (Case(256, **DENSE), {"cluster_size": 2, "block_n": 64}),
     (Case(64, 320, **DENSE), {"cluster_size": 2}),
+    (Case(64, **DENSE, causal=True), {"rescale": Rescale.ON_OVERFLOW, "polynomial_exp2_of_16": 4}),
+    (Case(64, **DENSE, window_size=(200, 20), dtype=torch.float16), {"rescale": Rescale.ON_OVERFLOW}),
+    (Case(96, **VARLEN, softcap=10.0), {"rescale": Rescale.ON_OVERFLOW, "num_q_stages": 1}),
+    (
+        Case(128, **VARLEN, causal=True),
+        {"rescale": Rescale.ON_OVERFLOW, "num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q},
+    ),
+    (Case(128, **DENSE), {"rescale": Rescale.ON_OVERFLOW, "cluster_size": 2}),
 ]
 
 
@@ -38,22 +42,6 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def run(emulator, case, changes):
-    tensors = make_tensors(case, "cpu")
-    problem = dataclasses.replace(case.problem(), num_sms=emulator.num_sms)
-    tile = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q).tile
-    plan = plan_choice(problem, TileChoice(None, dataclasses.replace(tile, **changes), 2**20))
-    launch = cuda_forward(emulator.kernel(plan.config), problem, plan, case.scale, case.softcap)
-    rows = tensors.q.shape[:-1]
-    for seed in range(9):
-        out = torch.full((*rows, case.dv), torch.nan, dtype=case.dtype)
-        lse = torch.full((*rows[:-2], rows[-1], rows[-2]), torch.nan)
-        emulator.seed(seed)
-        index_tensors = tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
-        launch(tensors.q, tensors.k, tensors.v, out, lse, *index_tensors, None)
-        check(case, tensors, out, lse)
-
-
 @pytest.mark.parametrize(("case", "changes"), TILES, ids=str)
 def test_tile(machine, case, changes):
-    machine(run, case, changes)
+    machine(run_tile, case, make_tensors(case, "cpu"), changes, range(9))

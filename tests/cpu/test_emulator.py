@@ -76,7 +76,7 @@ def test_scores_read_before_their_product_is_done(machine):
 
 
 def test_a_buffer_that_is_never_freed(machine):
-    change = SourceChange("fwd/mma.cuh", "if (leads()) control_.k.release(k_stage_);", "")
+    change = SourceChange("fwd/mma.cuh", "if (releases()) control_.k.release(k_stage_);", "")
     complaint = machine(outcome, change, MIXED)
     assert "nobody can go on" in complaint and "waits for an mbarrier" in complaint
 

@@ -46,5 +46,10 @@ def test_what_is_too_small_becomes_the_smallest(x):
     assert exp2(np.array([x]))[0] == 2.0**-126
 
 
+@pytest.mark.parametrize("x", [127.5, 1e4, 1e30, np.inf])
+def test_what_is_too_large_becomes_the_largest(x):
+    assert exp2(np.array([x]))[0] == 2.0**127
+
+
 def test_nan_stays_nan():
     assert np.isnan(exp2(np.array([np.nan, -np.nan]))).all()

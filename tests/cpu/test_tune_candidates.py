@@ -133,7 +133,7 @@ def test_axes_and_limit_prune(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rescale", "sometimes"], "rescale='sometimes' is not supported; it must be eager or lazy"),
+        (["--rescale", "sometimes"], "rescale='sometimes' is not supported; it must be eager or lazy or on_overflow"),
         (["--block-m", "wide"], "block_m='wide' is not supported; it must be an integer"),
         (["--rounds", "1"], "--rounds: got 1; it must be at least 2"),
         (["--table", "none.json"], "none.json"),

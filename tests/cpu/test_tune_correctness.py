@@ -1,6 +1,7 @@
 """The tuner's check of a kernel, against the tests' own reference and against results that are wrong."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def test_a_right_result_passes(key):
     shape, tensors = _inputs(key)
     out, lse = _exact(shape, tensors)
     assert correctness.what_is_wrong(out.bfloat16(), lse.float(), correctness.reference(*tensors, shape), shape) is None
+
+
+def test_trials_are_steep_and_plain():
+    """Steep: a block's exponentials relative to what is seen before it add up to more than any rescale bears with."""
+    shape = TuneShape(KEYS[0], batch=1, seqlen=600, heads=1)
+    steep, plain = correctness.trials(shape, "cpu")
+    for trial, grows in ((steep, True), (plain, False)):
+        scores = trial.q[0, :, 0].double() @ trial.k[0, :, 0].double().T * 64**-0.5 / math.log(2)
+        growth = scores[:, :128].amax(1) - scores[:, -128:].amax(1)
+        assert bool((growth > 15).any()) == grows
+        assert correctness.relative_error(trial.exact.out.permute(1, 0, 2)[None], trial.exact, shape) == 0.0
 
 
 def test_the_first_and_the_last_head_are_checked():

@@ -65,6 +65,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
 
 inline void __syncwarp() { emulator::meet(~0u, emulator::Collective::kSync, 0); }
 

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include <array>
+
 #include "machine.h"
 
 namespace emulator {
@@ -72,6 +74,39 @@ inline uint32_t meet(unsigned mask, Collective collective, uint32_t value, uint3
   complete_meeting(self);
   machine().wait("its warp", [&self] { return !self.meets; });
   return self.result;
+}
+
+// Four words of each lane, for all.
+using WarpWords = std::array<std::array<uint32_t, 4>, kWarpLanes>;
+
+inline WarpWords gather(const std::array<uint32_t, 4>& words) {
+  meet(~0u, Collective::kGather, 0, 0, words.data());
+  const Thread& self = machine().thread();
+  WarpWords all;
+  for (int i = 0; i < kWarpLanes; ++i) {
+    const Thread& lane = self.cta->threads[self.index / kWarpLanes * kWarpLanes + i];
+    std::copy_n(lane.words, 4, all[i].data());
+  }
+  meet(~0u, Collective::kGather, 0);  // nobody brings other words before all have taken these
+  return all;
+}
+
+// mma.m16n8k16, the first operand's rows and the second one's columns as depth: element (row, depth) of `a` is in lane
+// 4 (row % 8) + depth % 8 / 2, and (depth, column) of `b` in lane 4 column + depth % 8 / 2 (PTX ISA, "Matrix
+// Fragments"). d, rows lane / 4 and 8 below: columns 2 (lane % 4) and the next.
+template <class Format>
+void multiply_in_warp(float* (&&d)[4], const std::array<uint32_t, 4>& a, const std::array<uint32_t, 2>& b) {
+  const auto element = [](const WarpWords& words, int index, int depth, int word) {
+    return Format::decode(uint16_t(words[index % 8 * 4 + depth % 8 / 2][word] >> depth % 2 * 16));
+  };
+  const WarpWords all_a = gather(a), all_b = gather({b[0], b[1]});
+  const int lane = machine().thread().index % kWarpLanes;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int depth = 0; depth < 16; ++depth) {
+      *d[i] += element(all_a, row, depth, row / 8 + depth / 8 * 2) * element(all_b, column, depth, depth / 8);
+    }
+  }
 }
 
 }  // namespace emulator

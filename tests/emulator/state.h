@@ -22,7 +22,7 @@ constexpr int kRegistersPerMultiprocessor = 65536;
 constexpr uint32_t kSharedWindow = 1024;  // shared addresses begin here: the driver keeps 1 KiB for itself
 constexpr int kUnit = 16;                 // bytes; what the proxy check tells apart
 
-enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices, kLoadMatrices };
+enum class Collective { kShuffle, kShuffleUp, kShuffleXor, kBallot, kSync, kStoreMatrices, kLoadMatrices, kGather };
 
 struct Cta;
 

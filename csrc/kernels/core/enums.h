@@ -11,7 +11,7 @@ enum class Accumulation { kUnordered, kOrdered };
 enum class WarpgroupSplit { kKeys, kColumns };
 enum class DqPath { kStaged, kDirect };
 enum class Schedule { kIntraWarpgroup, kPingPong };
-enum class Rescale { kEager, kLazy };
+enum class Rescale { kEager, kLazy, kOnOverflow };
 enum class OutputBuffer { kOwn, kWithQ, kNone };
 
 }  // namespace fa

@@ -21,22 +21,22 @@ FA_HOST_DEVICE uint32_t bits_of(float value) {
   return bits;
 }
 
-// The larger of two; NaN if `x` is.
-FA_HOST_DEVICE float max_or_nan(float x, float least) {
+// The number in [least, most] that is nearest to `x`; NaN if that is.
+FA_HOST_DEVICE float clamp_or_nan(float x, float least, float most) {
 #if defined(__CUDA_ARCH__)
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(least));
+  asm("max.NaN.f32 %0, %0, %1;\nmin.NaN.f32 %0, %0, %2;" : "+f"(x) : "f"(least), "f"(most));
   return x;
 #else
-  return x < least ? least : x;
+  return x < least ? least : x > most ? most : x;
 #endif
 }
 
-// 2^x for x up to 127, to a relative error of 3e-6 (bfloat16 rounds to 2e-3, float16 to 2.4e-4); exact for whole
-// numbers. What is below 2^-126 becomes 2^-126, -infinity too: a masked score must not come here.
+// 2^x to a relative error of 3e-6 (bfloat16 rounds to 2e-3, float16 to 2.4e-4); exact for whole numbers. What is above
+// 2^127 becomes 2^127. What is below 2^-126 becomes 2^-126, -infinity too: a masked score must not come here.
 FA_HOST_DEVICE float exp2_polynomial(float x) {
   // Adding 1.5 * 2^23 leaves no bits for a fraction: the sum's last bits are x rounded to a whole number.
   constexpr float kRound = 12582912.f;
-  const float clamped = max_or_nan(x, -126.f);
+  const float clamped = clamp_or_nan(x, -126.f, 127.f);
   const float rounded = clamped + kRound;
   const float fraction = clamped - (rounded - kRound);  // in [-1/2, 1/2]
   // The minimax polynomial of degree 4 with value 1 at 0.

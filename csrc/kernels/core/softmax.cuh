@@ -16,9 +16,11 @@ constexpr float kLn2 = 0.69314718055994531f;
 // Exponents are taken relative to a reference, near the row's maximum so far. Sums and outputs of a row share it, so
 // any reference gives the exact result. kEager: it is the maximum. kLazy: it follows the maximum only when that has
 // grown by more than kHeadroom; most blocks then need no correction of the output, at the price of a branch.
+// kOnOverflow: as kLazy, but blocks may be tried without their maximum, in try_update().
 template <Rescale kRescale>
 struct OnlineSoftmax {
-  static constexpr float kHeadroom = 8.f;  // in the base-2 exponent: probabilities up to 2^8 fit all formats
+  static constexpr float kHeadroom = 8.f;    // in the base-2 exponent: probabilities up to 2^8 fit all formats
+  static constexpr float kMaxSum = 32768.f;  // of a block's exponentials of a thread: they fit all formats
 
   float reference[kRowsPerThread] = {-INFINITY, -INFINITY};  // a score, unscaled; equal over the quad
   float row_sum[kRowsPerThread] = {0.f, 0.f};                // this thread's part
@@ -41,20 +43,25 @@ struct OnlineSoftmax {
       // The difference first: it is exactly 0 where nothing moved. Rounded products would leave a factor beside 1, and
       // over millions of keys its power.
       correction[row] = moved ? exp2_approx((old_reference - finite_reference) * exp2_scale) : 1.f;
-      float sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (register_row(i) == row) {
-          const float exponent = fmaf(scores[i], exp2_scale, -scaled_reference);
-          const int column = i / 4 * 2 + i % 2;  // of the row's, as far as they are this thread's
-          const bool polynomial = column * kPolynomialOf16 % 16 < kPolynomialOf16;
-          scores[i] = polynomial ? exp2_polynomial(exponent) : exp2_approx(exponent);
-          sum += scores[i];
-        }
-      }
+      const float sum = exponentiate<kPolynomialOf16>(scores, row, exp2_scale, scaled_reference);
       row_sum[row] = fmaf(row_sum[row], correction[row], sum);
     }
-    if constexpr (kRescale == Rescale::kLazy) corrects = __any_sync(~0u, corrects);
+    if constexpr (kRescale != Rescale::kEager) corrects = __any_sync(~0u, corrects);
+  }
+
+  // The same for the references as they are, whatever the scores; none may be masked. Returns, equal over the warp,
+  // whether that was right. If not, scores and sums are lost: with both as they were before, update() is called for.
+  template <int kPolynomialOf16, int kSize>
+  FA_DEVICE bool try_update(float (&scores)[kSize], float exp2_scale) {
+    float sum_of_rows = 0.f;
+#pragma unroll
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      const float sum = exponentiate<kPolynomialOf16>(scores, row, exp2_scale, reference[row] * exp2_scale);
+      row_sum[row] += sum;
+      sum_of_rows += sum;
+    }
+    // False for NaN, and for a row without a visible key so far: its reference, -inf, makes the exponents +inf.
+    return __all_sync(~0u, sum_of_rows < kMaxSum);
   }
 
   // After the last block: the factors that normalise the output, and the rows' natural log-sum-exp. A row without
@@ -71,6 +78,23 @@ struct OnlineSoftmax {
   }
 
  private:
+  // Row `row` of the scores becomes exp2(exp2_scale * score - scaled_reference). Returns their sum.
+  template <int kPolynomialOf16, int kSize>
+  FA_DEVICE static float exponentiate(float (&scores)[kSize], int row, float exp2_scale, float scaled_reference) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (register_row(i) == row) {
+        const float exponent = fmaf(scores[i], exp2_scale, -scaled_reference);
+        const int column = i / 4 * 2 + i % 2;  // of the row's, as far as they are this thread's
+        const bool polynomial = column * kPolynomialOf16 % 16 < kPolynomialOf16;
+        scores[i] = polynomial ? exp2_polynomial(exponent) : exp2_approx(exponent);
+        sum += scores[i];
+      }
+    }
+    return sum;
+  }
+
   // Returns whether it may have moved.
   FA_DEVICE bool move_reference(int row, float maximum, float exp2_scale) {
     if constexpr (kRescale == Rescale::kEager) {

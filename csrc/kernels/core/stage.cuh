@@ -5,14 +5,16 @@
 
 namespace fa {
 
+// The first of the warp's 16 rows among the 64 of its warpgroup.
+FA_DEVICE int warp_row() { return threadIdx.x % kWarpgroupThreads / kWarpThreads * 16; }
+
 // Where the lane's row of four 8x8 matrices, two down and two across, lies in a tile of kRows rows of 16-bit columns:
-// lane l has row l % 8 of matrix l / 8. `column`: of the 16 that the matrices cover; the warpgroup covers rows
-// [first_row, first_row + 64).
+// lane l has row l % 8 of matrix l / 8. `first_row`, `column`: of the 16 x 16 that the matrices cover.
 template <int kRows, int kSwizzleBytes>
 FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column) {
   constexpr int kChunkColumns = kSwizzleBytes / 2;
   const int lane = threadIdx.x % kWarpThreads;
-  const int row = first_row + threadIdx.x % kWarpgroupThreads / kWarpThreads * 16 + lane % 16;
+  const int row = first_row + lane % 16;
   // The swizzle exchanges 16-byte units within a row by the row's number modulo 8 (128 bytes), or by half of it modulo
   // 4 (64 bytes).
   const int unit_mask = kSwizzleBytes == 128 ? row % 8 : row / 2 % 4;
@@ -23,10 +25,12 @@ FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column) {
 // Columns that four matrices cover.
 constexpr int kMatricesColumns = 16;
 
-// Columns [column, column + 16) of a packed fragment, four words, into a tile.
+// Columns [column, column + 16) of a packed 64 x N fragment, four words, into rows [first_row, first_row + 64) of a
+// tile.
 template <int kRows, int kSwizzleBytes>
 FA_DEVICE void stage_matrices(uint32_t tile, int first_row, int column, const uint32_t* words) {
-  store_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row, column), words[0], words[1], words[2], words[3]);
+  store_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row + warp_row(), column), words[0], words[1], words[2],
+                 words[3]);
 }
 
 // A packed 64 x N fragment into rows [first_row, first_row + 64) of a tile.
@@ -43,7 +47,7 @@ template <int kRows, int kSwizzleBytes, int kSize>
 FA_DEVICE void load_fragment(uint32_t (&packed)[kSize], uint32_t tile, int first_row) {
 #pragma unroll
   for (int column = 0; column < kSize * 4; column += kMatricesColumns) {
-    load_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row, column), packed + column / 4);
+    load_matrices(matrix_row<kRows, kSwizzleBytes>(tile, first_row + warp_row(), column), packed + column / 4);
   }
 }
 

@@ -53,6 +53,10 @@ struct ForwardShape {
   // Whether a tile's last product runs beside the next tile's first. Where the output is staged over q, the next q must
   // wait for it.
   static constexpr bool kOverlapsTiles = Traits::kOutputBuffer != OutputBuffer::kWithQ;
+  // Arrivals with which a warpgroup frees a key buffer, or q. The products are complete for all of its warps at once,
+  // but with kOnOverflow each warp may read on by itself.
+  static constexpr int kReleasesPerWarpgroup =
+      Traits::kRescale == Rescale::kOnOverflow ? kWarpgroupThreads / kWarpThreads : 1;
 
   static constexpr int kQBytes = Traits::kBlockM * Traits::kHeadDim * kElementBytes;   // one stage
   static constexpr int kKBytes = Traits::kBlockN * Traits::kHeadDim * kElementBytes;   // one stage

@@ -12,10 +12,11 @@ namespace fa {
 
 template <class Traits>
 FA_DEVICE void init_barriers(ForwardControl<Traits>& control) {
-  constexpr int kWarpgroups = ForwardShape<Traits>::kNumConsumerWarpgroups;
+  using Shape = ForwardShape<Traits>;
+  constexpr int kWarpgroups = Shape::kNumConsumerWarpgroups;
   constexpr int kConsumerWarps = kWarpgroups * kWarpgroupThreads / kWarpThreads;
-  for (Ring<Traits::kNumQStages>& q : control.q) q.init(1, 1);
-  control.k.init(1, kWarpgroups);
+  for (Ring<Traits::kNumQStages>& q : control.q) q.init(1, Shape::kOverlapsTiles ? Shape::kReleasesPerWarpgroup : 1);
+  control.k.init(1, kWarpgroups * Shape::kReleasesPerWarpgroup);
   control.v.init(1, kWarpgroups);
   control.tiles.init(1, kConsumerWarps);
   cutlass::arch::fence_barrier_init();

@@ -4,6 +4,7 @@
 #include "../core/mask.cuh"
 #include "../core/score.cuh"
 #include "../core/softmax.cuh"
+#include "../core/warp_mma.cuh"
 #include "../core/wgmma.cuh"
 #include "load.cuh"
 #include "promotion.cuh"
@@ -15,6 +16,9 @@ namespace fa {
 //
 // Key blocks run from the last to the first. QK of a block is in flight together with PV of the block before, also
 // across the border between two tiles, and the softmax of the block runs beside that PV.
+//
+// With Rescale::kOnOverflow a full block is tried without its maximum, and keys stay until each warp knows that it will
+// not need them again.
 //
 // Tiles lie in shared memory; they are read again where they are needed rather than kept in registers.
 template <class Traits>
@@ -85,7 +89,13 @@ class TileMma {
   // Whether every row of the tile sees every key of the block; kFirst: to be found out.
   enum class BlockKind { kFull, kEdge, kFirst };
 
+  // Whether the maximum of a block is looked for only when it turns out to be needed.
+  template <BlockKind kKind>
+  static constexpr bool kTriesWithoutMaximum = Traits::kRescale == Rescale::kOnOverflow && kKind == BlockKind::kFull;
+
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+  // Whether this thread frees key buffers and q.
+  FA_DEVICE static bool releases() { return threadIdx.x % (kWarpgroupThreads / Shape::kReleasesPerWarpgroup) == 0; }
 
   FA_DEVICE void first_block(const WorkTile& tile, int n_block) {
     Scores scores;
@@ -107,7 +117,7 @@ class TileMma {
     for (; n_block >= begin; --n_block) {
       Scores scores;
       step<kKind>(tile, n_block, scores, softmax_);
-      if (softmax_.corrects) scale_rows(out, softmax_.correction);
+      if constexpr (!kTriesWithoutMaximum<kKind>) correct_output();
       pack_fragment<Traits::kDtype>(p_, scores);
     }
   }
@@ -146,13 +156,38 @@ class TileMma {
     turn_.pass_on();
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
-    release_keys(tile, n_block);
-    to_probabilities<kKind>(tile, n_block, scores, softmax);
+    [[maybe_unused]] const Softmax before = softmax;
+    [[maybe_unused]] bool done = true;
+    if constexpr (kTriesWithoutMaximum<kKind>) {
+      done = try_probabilities(tile, n_block, scores, softmax);
+    } else {
+      release_keys(tile, n_block);
+      to_probabilities<kKind>(tile, n_block, scores, softmax);
+    }
     hold_until_known(softmax.row_sum[0] + softmax.row_sum[1]);
     cute::warpgroup_wait<0>();
     fence_fragment(out);
     fence_fragment(p_);
     release_v();
+    if constexpr (kTriesWithoutMaximum<kKind>) {
+      if (!done) {
+        softmax = before;
+        compute_warp_scores<Traits>(scores, q_address(), k_address());
+        to_probabilities<kKind>(tile, n_block, scores, softmax);
+        correct_output();
+      }
+      release_keys(tile, n_block);
+    }
+  }
+
+  FA_DEVICE void correct_output() {
+    if (softmax_.corrects) scale_rows(out, softmax_.correction);
+  }
+
+  // Returns whether that was right, for the whole warp.
+  FA_DEVICE bool try_probabilities(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+    apply_hook(tile, scores, n_block);
+    return softmax.template try_update<Traits::kPolynomialExp2Of16>(scores, params_.exp2_scale);
   }
 
   template <BlockKind kKind>
@@ -177,8 +212,7 @@ class TileMma {
   FA_DEVICE void issue_scores(Scores& scores) {
     fence_fragment(scores);
     cute::warpgroup_arrive();
-    issue_qk<Traits>(scores, cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]),
-                     cute::cast_smem_ptr_to_uint(smem_.k[k_stage_.index()]));
+    issue_qk<Traits>(scores, q_address(), k_address());
     cute::warpgroup_commit_batch();
   }
 
@@ -190,23 +224,26 @@ class TileMma {
     cute::warpgroup_commit_batch();
   }
 
+  // Of the warpgroup's rows of q, and of the current key block.
+  FA_DEVICE uint32_t q_address() { return cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]); }
+  FA_DEVICE uint32_t k_address() { return cute::cast_smem_ptr_to_uint(smem_.k[k_stage_.index()]); }
+
   // The thread's first row, as the tiles count them (core/packing.h).
   FA_DEVICE int first_row(const WorkTile& tile) const {
     return tile.m_block * Traits::kBlockM + turn_.warpgroup * kWarpgroupRows + fragment_row();
   }
 
-  // One arrival per warpgroup: its products are complete for all its threads at once.
   FA_DEVICE void release_keys(const WorkTile& tile, int n_block) {
-    if (leads()) control_.k.release(k_stage_);
+    if (releases()) control_.k.release(k_stage_);
     k_stage_.advance();
     // Nobody reads q after the tile's last QK, and its only buffer is wanted for the next tile.
     if constexpr (kReleasesQEarly) {
       const bool last = n_block == tile.blocks.begin;
-      if (leads() && last) control_.q[turn_.warpgroup].release(q_stage_);
+      if (releases() && last) control_.q[turn_.warpgroup].release(q_stage_);
     }
   }
   FA_DEVICE void release_q() {
-    if (!kReleasesQEarly && leads()) control_.q[turn_.warpgroup].release(q_stage_);
+    if (!kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
     q_stage_.advance();
   }
   FA_DEVICE void release_v() {

@@ -11,8 +11,9 @@ from ..config import Rescale
 NEG_INF = float("-inf")
 
 
-#: How far, in the base-2 exponent, a row's maximum may grow before its reference follows.
-HEADROOM = {Rescale.EAGER: 0.0, Rescale.LAZY: 8.0}
+#: How far, in the base-2 exponent, a row's maximum may grow before its reference follows. Kernels with ON_OVERFLOW look
+#: at a block's sum instead, which is as large as that.
+HEADROOM = {Rescale.EAGER: 0.0, Rescale.LAZY: 8.0, Rescale.ON_OVERFLOW: 15.0}
 
 
 class OnlineSoftmax:

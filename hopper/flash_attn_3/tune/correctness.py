@@ -16,6 +16,8 @@ ROWS = 2048
 LARGEST_RELATIVE_ERROR = 1e-2
 #: A log-sum-exp is wrong if it differs by more: a missed key block moves it further, fp32 and the hardware tanh do not.
 LARGEST_LSE_ERROR = 1e-2
+#: How much larger than the others the first key is where scores grow along the sequence.
+STEEPNESS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,30 @@ class Reference:
 
     out: torch.Tensor
     lse: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Inputs (batch, seqlen, heads, head_dim or head_dim_v), and what attention makes of them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    exact: Reference
+
+
+def trials(shape: TuneShape, device: str) -> tuple[Trial, Trial]:
+    """Two kinds of bfloat16 inputs: with scores that grow as a kernel goes from the last key to the first, so that its
+    softmax must correct what it has; and plain random ones, as kernels are timed on."""
+    torch.manual_seed(0)
+    key = shape.key
+    q, k, v = (
+        torch.randn(shape.batch, shape.seqlen, shape.heads, width, device=device, dtype=torch.bfloat16)
+        for width in (key.head_dim, key.head_dim, key.head_dim_v)
+    )
+    growth = torch.linspace(STEEPNESS, 1.0, shape.seqlen, device=device).to(k.dtype)
+    steep_k = k * growth[:, None, None]
+    return Trial(q, steep_k, v, reference(q, steep_k, v, shape)), Trial(q, k, v, reference(q, k, v, shape))
 
 
 def checked_heads(shape: TuneShape) -> list[tuple[int, int]]:

@@ -51,34 +51,32 @@ def _take_stdout() -> TextIO:
 
 
 def measure(job: Job, emit: Emit, device: str = "cuda") -> None:
-    """Check each variant of a job, then time those that are right."""
-    torch.manual_seed(0)
-    shape, widths = job.shape, (job.shape.key.head_dim, job.shape.key.head_dim, job.shape.key.head_dim_v)
-    q, k, v = (
-        torch.randn(shape.batch, shape.seqlen, shape.heads, width, device=device, dtype=torch.bfloat16)
-        for width in widths
-    )
-    exact = correctness.reference(q, k, v, shape)
-    out, lse = torch.empty_like(v), torch.empty(shape.batch, shape.heads, shape.seqlen, device=device)
-    problem = shape.problem(_num_sms())
+    """Check each variant of a job on all trials, then time those that are right on the last one."""
+    shape, problem = job.shape, job.shape.problem(_num_sms())
+    trials = correctness.trials(shape, device)
+    out = torch.empty_like(trials[0].v)
+    lse = torch.empty(shape.batch, shape.heads, shape.seqlen, device=device)
     calls: dict[int, Callable[[], None]] = {}
     for number, variant in enumerate(job.variants):
         emit("launching", variant=number)
         try:
             kernel = _load(job, variant)
             plan = plan_choice(problem, variant.choice)
-            call = prepare(kernel, problem, plan, shape.softcap, (q, k, v, out, lse))
-            out.fill_(float("nan"))
-            lse.fill_(float("nan"))
-            call()
-            wrong = correctness.what_is_wrong(out, lse, exact, shape)
+            for trial in trials:
+                call = prepare(kernel, problem, plan, shape.softcap, (trial.q, trial.k, trial.v, out, lse))
+                out.fill_(float("nan"))
+                lse.fill_(float("nan"))
+                call()
+                wrong = correctness.what_is_wrong(out, lse, trial.exact, shape)
+                if wrong:
+                    break
         except Exception as error:
             torch.cuda.synchronize()  # raises after a fault on the device: nothing more can run in this process
             wrong = f"cannot be launched: {type(error).__name__}: {error}".splitlines()[0]
         if wrong:
             emit("failed", variant=number, reason=wrong)
             continue
-        emit("checked", variant=number, relative_error=correctness.relative_error(out, exact, shape))
+        emit("checked", variant=number, relative_error=correctness.relative_error(out, trials[-1].exact, shape))
         calls[number] = call
     _time(job, calls, emit)
     emit("done")
