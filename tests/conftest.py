@@ -44,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--emulate"):
         return
+    if not config.pluginmanager.hasplugin("cacheprovider"):
+        raise pytest.UsageError("--emulate keeps its compiled kernels in pytest's cache: leave the cacheprovider on")
     from emulated_cuda import emulated_cuda
 
     machine = contextlib.ExitStack()
