@@ -2,6 +2,7 @@
 
 python -m benchmarks.models accumulator    # what a truncating accumulator makes of very long sums; 20 s
 python -m benchmarks.models balance        # how evenly causal launches end
+python -m benchmarks.models blocks         # what is computed for nothing at the edges of masks
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
+from flash_attn_3.config import WARPGROUP_ROWS, Dtype, Mask, Score, SeqLayout
+from flash_attn_3.cpu.block_range import block_range, row_keys
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
 from flash_attn_3.problem import UNLIMITED, ForwardProblem, MaskSpec
 
@@ -99,10 +101,40 @@ def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int]) -> float:
     return work / NUM_SMS / max(free_at)
 
 
+def pairs_computed(block_m: int, block_n: int, seqlen: int, mask: MaskSpec, rows_that_share: int) -> float:
+    """(query, key) pairs that a head's tiles compute, over those that see each other.
+
+    rows_that_share: so many rows of a tile visit the same blocks of keys: its own, or a warpgroup's.
+    """
+    computed, visible = 0, sum(len(row_keys(mask, row, seqlen, seqlen)) for row in range(seqlen))
+    for first_row in range(0, -(-seqlen // block_m) * block_m, rows_that_share):
+        visited = 1  # at least, also by a warpgroup without a row
+        if first_row < seqlen:
+            blocks = block_range(mask, first_row // rows_that_share, rows_that_share, block_n, seqlen, seqlen)
+            visited = max(1, blocks.end - blocks.begin)
+        computed += visited * rows_that_share * block_n
+    return computed / visible
+
+
+def print_pairs() -> None:
+    print("mask, tile, S: pairs computed for each visible one, blocks chosen for a tile; for each of its warpgroups")
+    causal, window = MaskSpec(Mask.CAUSAL, UNLIMITED, 0), MaskSpec(Mask.LOCAL, 1024, 0)
+    cases = [(MaskSpec(Mask.FULL), 192, 128, 512)]
+    cases += [(causal, *tile, s) for tile in ((192, 128), (128, 128), (128, 80)) for s in (512, 1024, 2048, 8192)]
+    cases += [(window, *tile, 16384) for tile in ((128, 128), (128, 64))]
+    for mask, block_m, block_n, seqlen in cases:
+        shares = (pairs_computed(block_m, block_n, seqlen, mask, rows) for rows in (block_m, WARPGROUP_ROWS))
+        print(f"{mask.mask.slug}, {block_m} x {block_n}, {seqlen}: {'; '.join(f'{share:.3f}' for share in shares)}")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["accumulator", "balance"])
-    if parser.parse_args(arguments).model == "accumulator":
+    parser.add_argument("model", choices=["accumulator", "balance", "blocks"])
+    model = parser.parse_args(arguments).model
+    if model == "blocks":
+        print_pairs()
+        return
+    if model == "accumulator":
         for keys_per_level in (2**22, 2**18):
             scale, distance = accumulate(2**22, keys_per_level)
             print(f"2^22 keys, {keys_per_level} a level: scale {scale:.4f}, cosine distance {distance:.1e}")

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 
 #: Dynamic shared memory one CTA may use on sm_90 (bytes).
 MAX_SMEM_BYTES = 232_448
-#: Shared memory set aside for barriers and tile coordinates; ``SharedStorage`` asserts that they fit.
-CONTROL_SMEM_BYTES = 1024
+#: Shared memory that a forward kernel sets aside for barriers and tile coordinates; ``ForwardSmem`` asserts that they
+#: fit.
+CONTROL_SMEM_BYTES = 2048
 #: Rows of the accumulator that one warpgroup owns (the M of ``wgmma.m64nNk16``).
 WARPGROUP_ROWS = 64
 #: Threads of a warpgroup.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import host_headers
 from flash_attn_3.config import PROMOTION_KEYS, Mask
+from flash_attn_3.problem import UNLIMITED, MaskSpec
 
 #: bfloat16 rounds to this, relatively.
 BF16_ROUNDING = 2.0**-9
@@ -36,6 +37,19 @@ def test_shrinkage_grows_with_the_length(num_keys):
 
 def test_two_levels_shrink_less():
     assert scale_in_one_level(2**16) < models.accumulate(2**16, 2**14)[0] < 1.0
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), MaskSpec(Mask.CAUSAL, UNLIMITED, 0)], ids=str)
+def test_pairs_computed_are_those_of_the_visited_blocks(mask):
+    """By brute force over blocks, for a tile of three warpgroups and a last one without a row."""
+    seqlen, block_n = 320, 48
+    visible = [[mask.mask is Mask.FULL or key <= row for key in range(seqlen)] for row in range(seqlen)]
+    for rows in (64, 192):
+        computed = 0
+        for begin in range(0, 384, rows):
+            blocks = {key // block_n for row in visible[begin : begin + rows] for key in range(seqlen) if row[key]}
+            computed += max(1, len(blocks)) * rows * block_n
+        assert models.pairs_computed(192, block_n, seqlen, mask, rows) == computed / sum(map(sum, visible))
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))

@@ -103,9 +103,11 @@ class Machine {
     if (!holds) fail(rule);
   }
 
-  void wait(const char* what, std::function<bool()> wakes) {
+  // `at`: where in shared memory it is, if that tells.
+  void wait(const char* what, std::function<bool()> wakes, const void* at = nullptr) {
     if (wakes()) return;
     thread_->waits_for = what;
+    thread_->waits_at = at;
     thread_->wakes = std::move(wakes);
     leave();
   }
@@ -329,7 +331,10 @@ class Machine {
       std::string last;
       for (const Thread& thread : cta->threads) {
         if (thread.ended) continue;
-        const std::string now = thread.polls ? "a value in memory" : thread.waits_for;
+        std::string now = thread.polls ? "a value in memory" : thread.waits_for;
+        if (!thread.polls && thread.waits_at != nullptr) {
+          now += " at byte " + std::to_string(static_cast<const uint8_t*>(thread.waits_at) - cta->shared);
+        }
         if (now != last)
           text << " CTA " << cta->index << " from thread " << thread.index << ": waits for " << now << ".";
         last = now;

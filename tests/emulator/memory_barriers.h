@@ -58,7 +58,7 @@ inline void complete_bytes(const void* address, int bytes) {
 // Until the phase of that parity is complete.
 inline void wait_mbarrier(const void* address, uint32_t parity) {
   MBarrier* const barrier = &mbarrier(address);
-  machine().wait("an mbarrier", [barrier, parity] { return uint32_t(barrier->parity()) != parity; });
+  machine().wait("an mbarrier", [barrier, parity] { return uint32_t(barrier->parity()) != parity; }, barrier);
 }
 
 inline unsigned join_named_barrier(uint32_t id, uint32_t threads) {

@@ -33,6 +33,7 @@ struct Thread {
   bool meets_cluster = false;
   std::function<bool()> wakes;  // empty: ready
   const char* waits_for = "";
+  const void* waits_at = nullptr;  // in shared memory
   ucontext_t entry;
   jmp_buf resume_point;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};

@@ -16,6 +16,9 @@ constexpr int kMaxDqSliceColumns = 64;
 // The swizzle pattern is a function of the address.
 constexpr int kSmemAlignment = 1024;
 
+// Set aside for barriers and the tile.
+constexpr int kBackwardControlBytes = 1024;
+
 // Twins of the derived values are in hopper/flash_attn_3/backward_config.py.
 template <class Traits>
 struct BackwardShape {
@@ -76,7 +79,7 @@ struct BackwardShape {
   static constexpr int kSmemBytes =
       kKBytes + kVBytes + Traits::kNumStages * kQBytes + Traits::kNumDoutStages * kDoutBytes + kExchangeBytes +
       kOtherKBytes + kDqStagedBytes +
-      ceil_div(kStatisticsStages * kStatisticsBytes + kControlBytes, kSmemAlignment) * kSmemAlignment;
+      ceil_div(kStatisticsStages * kStatisticsBytes + kBackwardControlBytes, kSmemAlignment) * kSmemAlignment;
 };
 
 // A block of keys of one head and sequence, and the query blocks that see it.
@@ -146,10 +149,11 @@ struct alignas(kSmemAlignment) BackwardSmem {
   float delta[Traits::kNumDoutStages][Traits::kBlockM];
   union {
     BackwardControl<Traits> control;
-    uint8_t control_bytes[kControlBytes];
+    uint8_t control_bytes[kBackwardControlBytes];
   };
 
-  static_assert(sizeof(BackwardControl<Traits>) <= kControlBytes, "raise kControlBytes and its Python twin");
+  static_assert(sizeof(BackwardControl<Traits>) <= kBackwardControlBytes,
+                "raise kBackwardControlBytes and its Python twin");
 };
 
 // The first key of one of a tile's CTAs.

@@ -9,6 +9,10 @@
 
 namespace fa {
 
+// `value`, which is the same in the whole warp, so that the compiler knows it: it then keeps what follows from it in
+// uniform registers, of which there are enough, and computes it anew rather than far ahead.
+FA_DEVICE uint32_t same_in_warp(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+
 // An mbarrier that bulk copies complete by bytes.
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 using Barrier = cutlass::arch::ClusterBarrier;

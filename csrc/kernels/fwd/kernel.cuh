@@ -25,24 +25,23 @@ FA_DEVICE void init_barriers(ForwardControl<Traits>& control) {
 template <class Traits>
 FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup) {
   ForwardControl<Traits>& control = smem.control;
+  const WorkTile* const tiles = control.tile[warpgroup];
   TileMma<Traits> mma(params, smem, warpgroup);
   Epilogue<Traits> epilogue(params, smem, warpgroup);
-  mma.begin();
-  RingState<kTileSlots> slot;
-  control.tiles.wait_full(slot);
+  control.tiles.wait_full({0});
+  mma.begin(tiles[0]);
   bool started = false;
-  while (control.tile[slot.index()].exists()) {
-    const WorkTile& tile = control.tile[slot.index()];
-    RingState<kTileSlots> next = slot;
-    next.advance();
+  for (;;) {
+    const RingState<kTileSlots> slot{mma.num_tiles()}, next{slot.count + 1};
+    const WorkTile& tile = tiles[slot.index()];
+    if (!tile.exists()) break;
     if (!started) mma.start(tile);
     mma.run(tile);
     control.tiles.wait_full(next);
-    started = mma.finish(tile, control.tile[next.index()]);
+    started = mma.finish(tile, tiles[next.index()]);
     epilogue.store(mma, tile);
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) control.tiles.release(slot);
-    slot = next;
   }
   mma.end();
   epilogue.finish();
@@ -67,7 +66,7 @@ FA_DEVICE void forward_kernel(const ForwardParams& params) {
   if (threadIdx.x == 0) init_barriers<Traits>(smem.control);
   sync_all<Traits>();
 
-  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  const int warpgroup = same_in_warp(threadIdx.x / kWarpgroupThreads);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     if (threadIdx.x < kWarpThreads) Producer<Traits>(params, smem).run();

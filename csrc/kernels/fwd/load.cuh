@@ -29,7 +29,7 @@ class Producer {
       if (!scheduled.valid) break;
       // Read back from shared memory: the producer has few registers. For the same reason the stages of q and v follow
       // from other counts.
-      if (leads()) load_tile(control_.tile[tile_slot_.index()]);
+      if (leads()) load_tile(control_.tile[0][tile_slot_.index()]);
       __syncwarp();
       tile_slot_.advance();
     }
@@ -63,27 +63,49 @@ class Producer {
     tile.value_pass = scheduled.position.head - group * params_.num_value_passes;
     tile.q = query_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
     tile.k = key_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
-    tile.blocks = tile_visibility<Traits>(params_, tile)
-                      .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
-                      .at_least_one();
+    const BlockRange blocks = tile_visibility<Traits>(params_, tile)
+                                  .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
+                                  .at_least_one();
+    tile.visited = {blocks.begin, blocks.end};
     return tile;
   }
 
+  // Those that a warpgroup's rows need. One without a visible key, or without a row, visits the block that comes last.
+  FA_DEVICE BlockRange warpgroup_blocks(const WorkTile& tile, int warpgroup) const {
+    const int m_block = tile.m_block * Shape::kNumConsumerWarpgroups + warpgroup;
+    const BlockRange blocks =
+        tile_visibility<Traits>(params_, tile).template blocks<kWarpgroupRows, Traits::kBlockN>(m_block, packing());
+    const bool has_rows = packing().position(m_block * kWarpgroupRows) < tile.q.length;
+    const int last = tile.visited.begin;
+    return has_rows && !blocks.empty() ? blocks : BlockRange{last, last, last, last + 1};
+  }
+
   FA_DEVICE void announce(const ScheduledTile& scheduled) {
-    WorkTile& tile = control_.tile[tile_slot_.index()];
     if (scheduled.valid) {
-      tile = work_tile(scheduled);
+      tell_all(work_tile(scheduled));
+#pragma unroll 1
+      for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
+        WorkTile& tile = control_.tile[warpgroup][tile_slot_.index()];
+        tile.blocks = warpgroup_blocks(tile, warpgroup);
+      }
     } else {
-      tile.m_block = WorkTile::kNoMoreWork;
+      tell_all({WorkTile::kNoMoreWork});
     }
     Barrier::arrive(&control_.tiles.full[tile_slot_.index()]);
+  }
+
+  FA_DEVICE void tell_all(const WorkTile& tile) {
+#pragma unroll
+    for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
+      control_.tile[warpgroup][tile_slot_.index()] = tile;
+    }
   }
 
   // Keys run one block ahead of values, as the consumers issue QK of the next block before PV of the last: where tiles
   // overlap, the values of a tile's last block follow the next tile's first keys. The first keys go before q: q's
   // buffer may still hold the output of the last tile on its way to memory.
   FA_DEVICE void load_tile(const WorkTile& tile) {
-    const BlockRange range = tile.blocks;
+    const KeyRange range = tile.visited;
     load_k(tile, range.end - 1);
     // With one q buffer, q waits for the last tile's last QK, and its last values need not.
     if constexpr (Traits::kNumQStages == 1) load_deferred_values(/*keys_ahead=*/1);
@@ -104,7 +126,7 @@ class Producer {
   // The last tile's last values. Its consumers still need them, so that its slot still holds it.
   FA_DEVICE void load_deferred_values(int keys_ahead) {
     if (deferred_block_ == kNone) return;
-    load_v(control_.tile[(tile_slot_.count - 1) % kTileSlots], deferred_block_, keys_ahead);
+    load_v(control_.tile[0][(tile_slot_.count - 1) % kTileSlots], deferred_block_, keys_ahead);
     deferred_block_ = kNone;
   }
 

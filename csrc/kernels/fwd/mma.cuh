@@ -34,11 +34,16 @@ class TileMma {
   FA_DEVICE TileMma(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup)
       : turn_{warpgroup}, params_(params), smem_(smem), control_(smem.control), promoted_(params) {}
 
-  FA_DEVICE void begin() { turn_.begin(); }
+  FA_DEVICE void begin(const WorkTile& first) {
+    turn_.begin();
+    if (Shape::kOverlapsTiles && first.exists()) skip_blocks(blocks_before(first));
+  }
   FA_DEVICE void end() { turn_.end(); }
 
   // QK and softmax of the tile's first block, with nothing beside them.
   FA_DEVICE void start(const WorkTile& tile) {
+    // The values of these blocks come behind q, which waits for the output of the tile before where that lies over it.
+    if constexpr (!Shape::kOverlapsTiles) skip_blocks(blocks_before(tile));
     softmax_ = {};
     control_.q[turn_.warpgroup].wait_full(q_stage_);
     first_block(tile, tile.blocks.end - 1);
@@ -47,27 +52,39 @@ class TileMma {
   // All further blocks.
   FA_DEVICE void run(const WorkTile& tile) {
     clear_fragment(out);
-    promoted_.begin();
     const BlockRange& range = tile.blocks;
     int n_block = range.end - 2;
     // One loop for each kind of block: a branch inside a step keeps the compiler from ordering its instructions well.
     if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(tile, n_block, range.full_end);
-    run_full_blocks(tile, n_block, range.full_begin);
-    if constexpr (Traits::kMask == Mask::kLocal) run_blocks<BlockKind::kEdge>(tile, n_block, range.begin);
+    run_full_blocks(tile, n_block);
+    if constexpr (Traits::kMask == Mask::kLocal) {
+      run_blocks<BlockKind::kEdge>(tile, n_block, range.begin);
+      if (ends_early(tile)) {
+        // Now: the producer announces no tile before it has loaded these blocks.
+        last_values();
+        skip_blocks(range.begin - tile.visited.begin);
+      }
+    }
   }
 
   // PV of the tile's last block, and beside it, where that can be, the start of the tile `next`. Returns whether it was
   // started. Leaves the tile's result in `out`, `normalizer` and `lse`.
   FA_DEVICE bool finish(const WorkTile& tile, const WorkTile& next) {
     OnlineSoftmax<Traits::kRescale> next_softmax;
-    const bool starts_next = Shape::kOverlapsTiles && next.exists();
-    if constexpr (Shape::kOverlapsTiles) release_q();
+    const bool ended = ends_early(tile);
+    const int skipped = Shape::kOverlapsTiles && next.exists() ? blocks_before(next) : 0;
+    const bool starts_next = Shape::kOverlapsTiles && next.exists() && skipped == 0 && !ended;
+    if (Shape::kOverlapsTiles && !kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
+    q_stage_.advance();
     if (starts_next) {
       finish_beside(next, next_softmax);
     } else {
-      last_values();
+      if (!ended) last_values();
+      skip_blocks(skipped);
     }
-    promoted_.add_promoted(out, softmax_.reference);
+    if (first_full_block(tile) - tile.blocks.full_begin >= promoted_.blocks()) {
+      promoted_.add_promoted(out, softmax_.reference);
+    }
     softmax_.finish(params_.exp2_scale, normalizer, lse);
     softmax_ = next_softmax;
     return starts_next;
@@ -76,9 +93,12 @@ class TileMma {
   // Frees q's only buffer. Nobody may read the output that was staged in it any more.
   FA_DEVICE void release_q_with_output() {
     static_assert(Traits::kOutputBuffer == OutputBuffer::kWithQ);
-    if (leads()) control_.q[turn_.warpgroup].release(q_stage_);
-    q_stage_.advance();
+    static_assert(Traits::kNumQStages == 1);
+    if (leads()) control_.q[turn_.warpgroup].release({0});
   }
+
+  // Tiles that were finished.
+  FA_DEVICE uint32_t num_tiles() const { return q_stage_.count; }
 
  private:
   static constexpr bool kReleasesQEarly = Shape::kOverlapsTiles && Traits::kNumQStages == 1;
@@ -96,6 +116,30 @@ class TileMma {
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
   // Whether this thread frees key buffers and q.
   FA_DEVICE static bool releases() { return threadIdx.x % (kWarpgroupThreads / Shape::kReleasesPerWarpgroup) == 0; }
+
+  // Whether the tile visits others behind them: only where a window ends on the left.
+  FA_DEVICE bool ends_early(const WorkTile& tile) const {
+    return Traits::kMask == Mask::kLocal && tile.blocks.begin > tile.visited.begin;
+  }
+  // How many the tile visits before them.
+  FA_DEVICE int blocks_before(const WorkTile& tile) const { return tile.visited.end - tile.blocks.end; }
+
+  // Blocks that are there for other warpgroups. A buffer can be freed only after it was filled, or its `empty` would
+  // count for the use before, and after all threads have seen that, or one might wait for it while it is filled again.
+  // The turns go round with all warpgroups.
+  FA_DEVICE void skip_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      control_.k.wait_full(k_stage_);
+      turn_.wait();
+      turn_.pass_on();
+      const RingState<Traits::kNumStages> v_stage{k_stage_.count};
+      control_.v.wait_full(v_stage);
+      sync_warpgroup(turn_.warpgroup);
+      release_k();
+      release_v(v_stage);
+    }
+  }
 
   FA_DEVICE void first_block(const WorkTile& tile, int n_block) {
     Scores scores;
@@ -122,12 +166,19 @@ class TileMma {
     }
   }
 
-  FA_DEVICE void run_full_blocks(const WorkTile& tile, int& n_block, int begin) {
+  FA_DEVICE void run_full_blocks(const WorkTile& tile, int& n_block) {
     for (;;) {
-      run_blocks<BlockKind::kFull>(tile, n_block, max_of(begin, n_block + 1 - promoted_.blocks()));
-      if (n_block < begin) return;
+      run_blocks<BlockKind::kFull>(tile, n_block, max_of(tile.blocks.full_begin, n_block + 1 - promoted_.blocks()));
+      if (n_block < tile.blocks.full_begin) return;
+      const bool first = n_block + promoted_.blocks() == first_full_block(tile);
+      if (!first) promoted_.add_promoted(out, softmax_.reference);
       promoted_.promote(out, softmax_.reference);
     }
+  }
+
+  // That run_full_blocks() begins with: the last one but for the tile's first block.
+  FA_DEVICE static int first_full_block(const WorkTile& tile) {
+    return min_of(tile.blocks.end - 2, tile.blocks.full_end - 1);
   }
 
   FA_DEVICE void finish_beside(const WorkTile& next, Softmax& next_softmax) {
@@ -138,21 +189,23 @@ class TileMma {
   }
 
   FA_DEVICE void last_values() {
-    control_.v.wait_full(v_stage_);
-    issue_values();
+    const RingState<Traits::kNumStages> v_stage = pending_values();
+    control_.v.wait_full(v_stage);
+    issue_values(v_stage);
     cute::warpgroup_wait<0>();
     fence_fragment(out);
-    release_v();
+    release_v(v_stage);
   }
 
   // QK of a block together with PV of the block before, which may be the last tile's; then the softmax beside that PV.
   template <BlockKind kKind>
   FA_DEVICE void step(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+    const RingState<Traits::kNumStages> v_stage = pending_values();
     control_.k.wait_full(k_stage_);
     turn_.wait();
     issue_scores(scores);
-    control_.v.wait_full(v_stage_);
-    issue_values();
+    control_.v.wait_full(v_stage);
+    issue_values(v_stage);
     turn_.pass_on();
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
@@ -168,7 +221,7 @@ class TileMma {
     cute::warpgroup_wait<0>();
     fence_fragment(out);
     fence_fragment(p_);
-    release_v();
+    release_v(v_stage);
     if constexpr (kTriesWithoutMaximum<kKind>) {
       if (!done) {
         softmax = before;
@@ -216,16 +269,18 @@ class TileMma {
     cute::warpgroup_commit_batch();
   }
 
-  FA_DEVICE void issue_values() {
+  FA_DEVICE void issue_values(RingState<Traits::kNumStages> v_stage) {
     fence_fragment(out);
     fence_fragment(p_);
     cute::warpgroup_arrive();
-    issue_pv<Traits>(out, p_, cute::cast_smem_ptr_to_uint(smem_.v[v_stage_.index()]));
+    issue_pv<Traits>(out, p_, cute::cast_smem_ptr_to_uint(smem_.v[v_stage.index()]));
     cute::warpgroup_commit_batch();
   }
 
   // Of the warpgroup's rows of q, and of the current key block.
-  FA_DEVICE uint32_t q_address() { return cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]); }
+  FA_DEVICE uint32_t q_address() {
+    return same_in_warp(cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]));
+  }
   FA_DEVICE uint32_t k_address() { return cute::cast_smem_ptr_to_uint(smem_.k[k_stage_.index()]); }
 
   // The thread's first row, as the tiles count them (core/packing.h).
@@ -233,23 +288,24 @@ class TileMma {
     return tile.m_block * Traits::kBlockM + turn_.warpgroup * kWarpgroupRows + fragment_row();
   }
 
-  FA_DEVICE void release_keys(const WorkTile& tile, int n_block) {
+  FA_DEVICE void release_k() {
     if (releases()) control_.k.release(k_stage_);
     k_stage_.advance();
+  }
+  FA_DEVICE void release_keys(const WorkTile& tile, int n_block) {
+    release_k();
     // Nobody reads q after the tile's last QK, and its only buffer is wanted for the next tile.
     if constexpr (kReleasesQEarly) {
       const bool last = n_block == tile.blocks.begin;
       if (releases() && last) control_.q[turn_.warpgroup].release(q_stage_);
     }
   }
-  FA_DEVICE void release_q() {
-    if (!kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
-    q_stage_.advance();
+  FA_DEVICE void release_v(RingState<Traits::kNumStages> v_stage) {
+    if (leads()) control_.v.release(v_stage);
   }
-  FA_DEVICE void release_v() {
-    if (leads()) control_.v.release(v_stage_);
-    v_stage_.advance();
-  }
+
+  // Where the values are whose probabilities are in `p_`: those of the last keys that were freed.
+  FA_DEVICE RingState<Traits::kNumStages> pending_values() const { return {k_stage_.count - 1}; }
 
   Turn<Traits> turn_;
   const ForwardParams& params_;
@@ -260,7 +316,6 @@ class TileMma {
   uint32_t p_[Traits::kBlockN / 4];  // probabilities of the last block, packed: A operand of PV
   RingState<Traits::kNumQStages> q_stage_;
   RingState<Traits::kNumStages> k_stage_;
-  RingState<Traits::kNumStages> v_stage_;
 };
 
 }  // namespace fa

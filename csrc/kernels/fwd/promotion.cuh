@@ -28,22 +28,17 @@ class PromotedOutput {
     return params_.promoted_out == nullptr ? kUnlimitedBlocks : kBlocks;
   }
 
-  FA_DEVICE void begin() { count_ = 0; }
-
   // Moves `out`, relative to `references` (unscaled scores), to memory.
-  FA_DEVICE void promote(Fragment& out, const References& references) {
-    add_promoted(out, references);
+  FA_DEVICE void promote(Fragment& out, const References& references) const {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) *at(i) = out[i];
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) *at(kSize + row) = references[row];
     clear_fragment(out);
-    ++count_;
   }
 
-  // Brings back what the tile promoted.
+  // Brings back what was promoted last.
   FA_DEVICE void add_promoted(Fragment& out, const References& references) const {
-    if (count_ == 0) return;
     float correction[kRowsPerThread];
 #pragma unroll
     for (int row = 0; row < kRowsPerThread; ++row) {
@@ -67,7 +62,6 @@ class PromotedOutput {
   }
 
   const ForwardParams& params_;
-  int count_ = 0;  // of the tile
 };
 
 }  // namespace fa

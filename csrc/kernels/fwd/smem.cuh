@@ -8,7 +8,8 @@
 
 namespace fa {
 
-// One unit of work: a block of query rows of one head, and one pass over the value columns.
+// One unit of work, as one consumer warpgroup sees it: a block of query rows of one head, of which it has 64, and one
+// pass over the value columns.
 struct WorkTile {
   int m_block;  // kNoMoreWork: the CTA is done
   int batch;
@@ -17,7 +18,10 @@ struct WorkTile {
   int value_pass;
   Sequence q;
   Sequence k;
-  BlockRange blocks;  // of keys that the tile visits; at least one, which may be masked as a whole
+  // Blocks of keys that the tile visits, and those of them that the warpgroup's rows need. At least one each, which may
+  // be masked as a whole.
+  KeyRange visited;
+  BlockRange blocks;
 
   static constexpr int kNoMoreWork = -1;
 
@@ -30,7 +34,7 @@ struct ForwardControl {
   SharedRing<Traits::kNumStages, Traits::kClusterSize> k;
   SharedRing<Traits::kNumStages, Traits::kClusterSize> v;
   Ring<kTileSlots> tiles;
-  WorkTile tile[kTileSlots];
+  WorkTile tile[ForwardShape<Traits>::kNumConsumerWarpgroups][kTileSlots];
 };
 
 // Tiles need 1024-byte alignment: the swizzle pattern is a function of the address. All their sizes are multiples of

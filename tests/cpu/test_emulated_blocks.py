@@ -1,0 +1,63 @@
+"""Warpgroups that need fewer key blocks than their tile visits, in the emulator."""
+
+import pytest
+from tests.gpu.cases import Case
+from tests.gpu.harness import make_tensors
+
+import emulation
+from emulated_tiles import run_tile
+from emulation import SourceChange
+from flash_attn_3.config import OutputBuffer, Schedule
+
+DENSE = {"batch": 2, "seqlen_q": 700, "seqlen_k": 700, "heads_q": 2, "heads_kv": 1}
+WINDOW = Case(128, **DENSE, window_size=(64, 0))
+#: q is loaded behind the first keys of a tile and waits for the output of the tile before.
+OVER_Q = {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q, "block_n": 48}
+#: (the call, what its tile has in the place of the table's)
+TILES = [
+    (Case(64, **DENSE, causal=True), {"block_m": 192}),
+    (Case(64, **DENSE, causal=True), {"block_m": 256, "block_n": 64}),
+    (Case(64, **DENSE), {"block_m": 256, "block_n": 64, "cluster_size": 2}),  # warpgroups without a row
+    (Case(64, **DENSE, window_size=(100, 50)), {"block_m": 192}),
+    (Case(256, **DENSE, window_size=(70, 0)), {}),
+    (Case(128, **DENSE, attention_chunk=96), {"block_n": 48}),
+    (Case(128, lens_q=(300, 1, 0, 200), lens_k=(100, 0, 5, 300), heads_q=2, heads_kv=1, causal=True), {"block_n": 64}),
+    (Case(128, batch=2, seqlen_q=40, seqlen_k=300, heads_q=8, heads_kv=1, causal=True), {"block_n": 48}),  # packed
+    (Case(128, **DENSE, causal=True), OVER_Q),
+    (WINDOW, OVER_Q),
+    (WINDOW, {"block_n": 48, "schedule": Schedule.INTRA_WARPGROUP}),
+]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    machine = emulation.EmulatedMachine(tmp_path_factory.mktemp("emulated_blocks"))
+    yield machine.call
+    machine.close()
+
+
+@pytest.mark.parametrize(("case", "changes"), TILES, ids=str)
+def test_tile(machine, case, changes):
+    machine(run_tile, case, make_tensors(case, "cpu"), changes, range(6))
+
+
+#: Beside them: the same without turns.
+NO_TURNS = {"block_n": 48, "schedule": Schedule.INTRA_WARPGROUP}
+SKIP = "      control_.k.wait_full(k_stage_);\n      turn_.wait();\n      turn_.pass_on();\n"
+DEFECTS = [
+    # A buffer of which nobody knows that it was filled, and one freed while others have yet to see that.
+    (NO_TURNS, SourceChange("fwd/mma.cuh", SKIP, "")),
+    (OVER_Q, SourceChange("fwd/mma.cuh", "sync_warpgroup(turn_.warpgroup);", "")),
+    # A warpgroup whose turns are fewer than the others'.
+    (OVER_Q, SourceChange("fwd/mma.cuh", SKIP, "      control_.k.wait_full(k_stage_);\n")),
+    # Values waited for that come behind q.
+    (OVER_Q, SourceChange("fwd/mma.cuh", "Shape::kOverlapsTiles && next.exists() ?", "next.exists() ?")),
+    # Blocks left for later than the producer's next announcement.
+    (OVER_Q, SourceChange("fwd/mma.cuh", "if (ends_early(tile)) {", "if (false) {")),
+]
+
+
+@pytest.mark.parametrize(("changes", "defect"), DEFECTS, ids=range(len(DEFECTS)))
+def test_a_defect_shows(machine, changes, defect):
+    with pytest.raises((AssertionError, RuntimeError)):
+        machine(run_tile, WINDOW, make_tensors(WINDOW, "cpu"), changes, range(18), defect)
