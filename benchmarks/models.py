@@ -8,6 +8,7 @@ python -m benchmarks.models blocks         # what is computed for nothing at the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import heapq
 import math
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from flash_attn_3.config import WARPGROUP_ROWS, Dtype, Mask, Score, SeqLayout
+from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
 from flash_attn_3.cpu.block_range import block_range, row_keys
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
 from flash_attn_3.problem import UNLIMITED, ForwardProblem, MaskSpec
@@ -101,30 +102,40 @@ def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int]) -> float:
     return work / NUM_SMS / max(free_at)
 
 
-def pairs_computed(block_m: int, block_n: int, seqlen: int, mask: MaskSpec, rows_that_share: int) -> float:
+def pairs_computed(config: ForwardConfig, seqlen: int, mask: MaskSpec, rows_that_share: int, halves: bool) -> float:
     """(query, key) pairs that a head's tiles compute, over those that see each other.
 
     rows_that_share: so many rows of a tile visit the same blocks of keys: its own, or a warpgroup's.
+    halves: whether they leave out the second half of the last block, but not of the only one, where they can.
     """
     computed, visible = 0, sum(len(row_keys(mask, row, seqlen, seqlen)) for row in range(seqlen))
-    for first_row in range(0, -(-seqlen // block_m) * block_m, rows_that_share):
-        visited = 1  # at least, also by a warpgroup without a row
+    for first_row in range(0, -(-seqlen // config.block_m) * config.block_m, rows_that_share):
+        keys = config.block_n  # at least, also by a warpgroup without a row
         if first_row < seqlen:
-            blocks = block_range(mask, first_row // rows_that_share, rows_that_share, block_n, seqlen, seqlen)
-            visited = max(1, blocks.end - blocks.begin)
-        computed += visited * rows_that_share * block_n
+            tile = (first_row // rows_that_share, rows_that_share, config.block_n)
+            blocks = block_range(mask, *tile, seqlen, seqlen)
+            last_key = row_keys(mask, min(seqlen, first_row + rows_that_share) - 1, seqlen, seqlen).stop
+            keys = max(keys, (blocks.end - blocks.begin) * config.block_n)
+            in_first_half = last_key <= (blocks.end - 1) * config.block_n + config.half_keys
+            if halves and in_first_half and keys > config.block_n:
+                keys -= config.block_n - config.half_keys
+        computed += keys * rows_that_share
     return computed / visible
 
 
 def print_pairs() -> None:
-    print("mask, tile, S: pairs computed for each visible one, blocks chosen for a tile; for each of its warpgroups")
+    print(
+        "mask, tile, S: pairs computed for each visible one; blocks chosen for a tile, for a warpgroup, and with halves"
+    )
     causal, window = MaskSpec(Mask.CAUSAL, UNLIMITED, 0), MaskSpec(Mask.LOCAL, 1024, 0)
     cases = [(MaskSpec(Mask.FULL), 192, 128, 512)]
     cases += [(causal, *tile, s) for tile in ((192, 128), (128, 128), (128, 80)) for s in (512, 1024, 2048, 8192)]
     cases += [(window, *tile, 16384) for tile in ((128, 128), (128, 64))]
     for mask, block_m, block_n, seqlen in cases:
-        shares = (pairs_computed(block_m, block_n, seqlen, mask, rows) for rows in (block_m, WARPGROUP_ROWS))
-        print(f"{mask.mask.slug}, {block_m} x {block_n}, {seqlen}: {'; '.join(f'{share:.3f}' for share in shares)}")
+        config = dataclasses.replace(causal_plan(64, seqlen).config, block_m=block_m, block_n=block_n)
+        choices = (block_m, False), (WARPGROUP_ROWS, False), (WARPGROUP_ROWS, True)
+        shares = "; ".join(f"{pairs_computed(config, seqlen, mask, *choice):.3f}" for choice in choices)
+        print(f"{mask.mask.slug}, {block_m} x {block_n}, {seqlen}: {shares}")
 
 
 def main(arguments: list[str]) -> None:

@@ -26,6 +26,7 @@ _FORWARD_DERIVED = (
     "consumer_registers",
     "swizzle_bytes",
     "swizzle_bytes_v",
+    "half_keys",
     "promoted_floats",
 )
 
@@ -67,7 +68,7 @@ def render(config: KernelConfig) -> str:
 def _render_forward(config: ForwardConfig) -> str:
     sections = [
         _header(config),
-        _extended_mma_define(config.block_n, config.head_dim_v) + '#include "fwd/kernel.cuh"',
+        _extended_mma_define(config.block_n, config.half_keys, config.head_dim_v) + '#include "fwd/kernel.cuh"',
         "namespace {",
         _traits(config, _forward_mma_atoms(config)),
         "\n".join(_static_asserts(config, "fa::ForwardShape<Traits>", _FORWARD_DERIVED)),
@@ -148,6 +149,7 @@ def _forward_mma_atoms(config: ForwardConfig) -> list[str]:
     """S = Q K^T reads both operands from shared memory; O += P V takes P from registers and V row-major."""
     return [
         _mma_atom("QkMma", config.dtype, config.block_n, "SS", "K", "K"),
+        _mma_atom("QkHalfMma", config.dtype, config.half_keys, "SS", "K", "K"),
         _mma_atom("PvMma", config.dtype, config.head_dim_v, "RS", "K", "MN"),
     ]
 

@@ -22,6 +22,8 @@ MAX_SMEM_BYTES = 232_448
 CONTROL_SMEM_BYTES = 2048
 #: Rows of the accumulator that one warpgroup owns (the M of ``wgmma.m64nNk16``).
 WARPGROUP_ROWS = 64
+#: Depth of a product, the K of ``wgmma.m64nNk16``.
+MMA_DEPTH = 16
 #: Threads of a warpgroup.
 WARPGROUP_THREADS = 128
 #: Tile widths that kernels exist for, of q and k as of v; a head dim runs in the smallest that holds it.
@@ -241,6 +243,11 @@ class ForwardConfig(KernelConfig):
         if self.output_buffer is OutputBuffer.OWN:
             elements += self.block_m * self.head_dim_v
         return elements * self.dtype.num_bytes + CONTROL_SMEM_BYTES
+
+    @property
+    def half_keys(self) -> int:
+        """Keys of a tile's first block that a warpgroup takes where its rows see no more: half, in whole products."""
+        return -(-self.block_n // 2 // MMA_DEPTH) * MMA_DEPTH
 
     @property
     def promoted_floats(self) -> int:

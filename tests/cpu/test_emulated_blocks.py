@@ -1,4 +1,4 @@
-"""Warpgroups that need fewer key blocks than their tile visits, in the emulator."""
+"""Warpgroups that need less of the keys than their tile visits: fewer blocks, half of the first; in the emulator."""
 
 import pytest
 from tests.gpu.cases import Case
@@ -26,6 +26,8 @@ TILES = [
     (Case(128, **DENSE, causal=True), OVER_Q),
     (WINDOW, OVER_Q),
     (WINDOW, {"block_n": 48, "schedule": Schedule.INTRA_WARPGROUP}),
+    *((Case(64, **DENSE | {"seqlen_k": 700 + more}, causal=True), {"block_n": 80}) for more in (-100, -33, 8, 40, 300)),
+    (Case(64, **DENSE | {"seqlen_k": 400}, softcap=5.0), {"block_n": 96}),  # a last block of 16 keys
 ]
 
 
@@ -47,7 +49,7 @@ SKIP = "      control_.k.wait_full(k_stage_);\n      turn_.wait();\n      turn_.
 DEFECTS = [
     # A buffer of which nobody knows that it was filled, and one freed while others have yet to see that.
     (NO_TURNS, SourceChange("fwd/mma.cuh", SKIP, "")),
-    (OVER_Q, SourceChange("fwd/mma.cuh", "sync_warpgroup(turn_.warpgroup);", "")),
+    (NO_TURNS, SourceChange("fwd/mma.cuh", "sync_warpgroup(turn_.warpgroup);", "")),
     # A warpgroup whose turns are fewer than the others'.
     (OVER_Q, SourceChange("fwd/mma.cuh", SKIP, "      control_.k.wait_full(k_stage_);\n")),
     # Values waited for that come behind q.
@@ -55,6 +57,21 @@ DEFECTS = [
     # Blocks left for later than the producer's next announcement.
     (OVER_Q, SourceChange("fwd/mma.cuh", "if (ends_early(tile)) {", "if (false) {")),
 ]
+
+
+#: (keys, defect): rows whose keys end 8 after the half of a block; at its half; there, in the only block.
+HALF_DEFECTS = [
+    (708, SourceChange("fwd/mma.cuh", "+ Shape::kHalfKeys;", "+ Shape::kHalfKeys + 8;")),
+    (700, SourceChange("fwd/mma.cuh", "step<BlockKind::kEdge, Shape::kHalfKeys>", "step<BlockKind::kEdge>")),
+    (700, SourceChange("fwd/mma.cuh", "blocks.end - tile.blocks.begin < 2", "blocks.end - tile.blocks.begin < 1")),
+]
+
+
+@pytest.mark.parametrize(("seqlen_k", "defect"), HALF_DEFECTS, ids=range(len(HALF_DEFECTS)))
+def test_a_defect_of_half_blocks_shows(machine, seqlen_k, defect):
+    case = Case(64, **DENSE | {"seqlen_k": seqlen_k}, causal=True)
+    with pytest.raises((AssertionError, RuntimeError)):
+        machine(run_tile, case, make_tensors(case, "cpu"), {"block_n": 128}, range(3), defect)
 
 
 @pytest.mark.parametrize(("changes", "defect"), DEFECTS, ids=range(len(DEFECTS)))

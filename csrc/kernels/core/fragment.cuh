@@ -64,8 +64,10 @@ FA_DEVICE void scale_or_clear_rows(float (&fragment)[kSize], const float (&facto
   }
 }
 
-template <Dtype kDtype, int kSize>
-FA_DEVICE void pack_fragment(uint32_t (&packed)[kSize / 2], const float (&fragment)[kSize]) {
+// Into the first words of `packed`.
+template <Dtype kDtype, int kPacked, int kSize>
+FA_DEVICE void pack_fragment(uint32_t (&packed)[kPacked], const float (&fragment)[kSize]) {
+  static_assert(kSize / 2 <= kPacked);
 #pragma unroll
   for (int i = 0; i < kSize / 2; ++i) packed[i] = pack<kDtype>(fragment[2 * i], fragment[2 * i + 1]);
 }

@@ -54,6 +54,8 @@ struct ForwardShape {
   // Whether a tile's last product runs beside the next tile's first. Where the output is staged over q, the next q must
   // wait for it.
   static constexpr bool kOverlapsTiles = Traits::kOutputBuffer != OutputBuffer::kWithQ;
+  // Of a tile's first block a warpgroup takes only so many keys where its rows see no more: half, in whole products.
+  static constexpr int kHalfKeys = ceil_div(Traits::kBlockN / 2, kMmaDepth) * kMmaDepth;
   // Arrivals with which a warpgroup frees a key buffer, or q. The products are complete for all of its warps at once,
   // but with kOnOverflow each warp may read on by itself.
   static constexpr int kReleasesPerWarpgroup =

@@ -61,27 +61,27 @@ FA_DEVICE void mma_rs(const uint32_t* a, uint64_t b, float (&d)[kSize], std::ind
 
 }  // namespace detail
 
-// scores (64 x block_n) = q (64 x head_dim) * k (block_n x head_dim)^T. Issues only: the caller commits and waits.
-template <class Traits, int kSize>
+// scores (64 x keys) = q (64 x head_dim) * k (the first `keys` of block_n x head_dim)^T. Issues only: the caller
+// commits and waits.
+template <class Traits, class Mma, int kSize>
 FA_DEVICE void issue_qk(float (&scores)[kSize], uint32_t q, uint32_t k) {
   constexpr int kSwizzleBytes = ForwardShape<Traits>::kSwizzleBytes;
   const KMajorTile<kSwizzleBytes> q_tile(q), k_tile(k);
 #pragma unroll
   for (int depth = 0; depth < Traits::kHeadDim; depth += kMmaDepth) {
-    detail::mma_ss<typename Traits::QkMma>(q_tile.at(k_major_offset<kWarpgroupRows, kSwizzleBytes>(depth)),
-                                           k_tile.at(k_major_offset<Traits::kBlockN, kSwizzleBytes>(depth)), scores,
-                                           depth == 0 ? ScaleOut::Zero : ScaleOut::One,
-                                           std::make_index_sequence<kSize>{});
+    detail::mma_ss<Mma>(q_tile.at(k_major_offset<kWarpgroupRows, kSwizzleBytes>(depth)),
+                        k_tile.at(k_major_offset<Traits::kBlockN, kSwizzleBytes>(depth)), scores,
+                        depth == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_index_sequence<kSize>{});
   }
 }
 
-// out (64 x head_dim_v) += p (64 x block_n, registers) * v (block_n x head_dim_v). Issues only.
-template <class Traits, int kSizeO, int kSizeP>
+// out (64 x head_dim_v) += p (64 x kKeys, registers) * v (the first kKeys of block_n x head_dim_v). Issues only.
+template <class Traits, int kKeys, int kSizeO, int kSizeP>
 FA_DEVICE void issue_pv(float (&out)[kSizeO], const uint32_t (&p)[kSizeP], uint32_t v) {
   constexpr int kSwizzleBytes = ForwardShape<Traits>::kSwizzleBytesV;
   const MnMajorTile<Traits::kBlockN, kSwizzleBytes> v_tile(v);
 #pragma unroll
-  for (int depth = 0; depth < Traits::kBlockN; depth += kMmaDepth) {
+  for (int depth = 0; depth < kKeys; depth += kMmaDepth) {
     detail::mma_rs<typename Traits::PvMma>(p + depth / 4, v_tile.at(depth * kSwizzleBytes), out,
                                            std::make_index_sequence<kSizeO>{});
   }

@@ -46,7 +46,11 @@ class TileMma {
     if constexpr (!Shape::kOverlapsTiles) skip_blocks(blocks_before(tile));
     softmax_ = {};
     control_.q[turn_.warpgroup].wait_full(q_stage_);
-    first_block(tile, tile.blocks.end - 1);
+    if (starts_half(tile)) {
+      first_block<HalfScores>(tile);
+    } else {
+      first_block<Scores>(tile);
+    }
   }
 
   // All further blocks.
@@ -54,6 +58,13 @@ class TileMma {
     clear_fragment(out);
     const BlockRange& range = tile.blocks;
     int n_block = range.end - 2;
+    if (starts_half(tile)) {
+      Scores scores;
+      step<BlockKind::kEdge, Shape::kHalfKeys>(tile, n_block, scores, softmax_);
+      correct_output();
+      pack_fragment<Traits::kDtype>(p_, scores);
+      --n_block;
+    }
     // One loop for each kind of block: a branch inside a step keeps the compiler from ordering its instructions well.
     if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(tile, n_block, range.full_end);
     run_full_blocks(tile, n_block);
@@ -76,8 +87,10 @@ class TileMma {
     const bool starts_next = Shape::kOverlapsTiles && next.exists() && skipped == 0 && !ended;
     if (Shape::kOverlapsTiles && !kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
     q_stage_.advance();
-    if (starts_next) {
-      finish_beside(next, next_softmax);
+    if (starts_next && starts_half(next)) {
+      finish_beside<HalfScores>(next, next_softmax);
+    } else if (starts_next) {
+      finish_beside<Scores>(next, next_softmax);
     } else {
       if (!ended) last_values();
       skip_blocks(skipped);
@@ -104,6 +117,7 @@ class TileMma {
   static constexpr bool kReleasesQEarly = Shape::kOverlapsTiles && Traits::kNumQStages == 1;
 
   using Scores = float[Traits::kBlockN / 2];
+  using HalfScores = float[Shape::kHalfKeys / 2];
   using Softmax = OnlineSoftmax<Traits::kRescale>;
 
   // Whether every row of the tile sees every key of the block; kFirst: to be found out.
@@ -141,8 +155,20 @@ class TileMma {
     }
   }
 
-  FA_DEVICE void first_block(const WorkTile& tile, int n_block) {
-    Scores scores;
+  // Whether the warpgroup's rows see no more of its first block than HalfScores hold. Never of its only one, so that
+  // all values are of whole blocks but those of a first block.
+  FA_DEVICE bool starts_half(const WorkTile& tile) const {
+    if (Shape::kHalfKeys == Traits::kBlockN || tile.blocks.end - tile.blocks.begin < 2) return false;
+    const int row = tile.m_block * Traits::kBlockM + (turn_.warpgroup + 1) * kWarpgroupRows - 1;
+    const int last_row = min_of(tile.q.length - 1, Packing{params_.packed_heads_log2}.position(row));
+    const int end = tile_visibility<Traits>(params_, tile).keys(last_row).end;
+    return end <= (tile.blocks.end - 1) * Traits::kBlockN + Shape::kHalfKeys;
+  }
+
+  template <class FirstScores>
+  FA_DEVICE void first_block(const WorkTile& tile) {
+    const int n_block = tile.blocks.end - 1;
+    FirstScores scores;
     control_.k.wait_full(k_stage_);
     turn_.wait();
     issue_scores(scores);
@@ -176,13 +202,14 @@ class TileMma {
     }
   }
 
-  // That run_full_blocks() begins with: the last one but for the tile's first block.
-  FA_DEVICE static int first_full_block(const WorkTile& tile) {
-    return min_of(tile.blocks.end - 2, tile.blocks.full_end - 1);
+  // That run_full_blocks() begins with: the last one that no step of another kind took.
+  FA_DEVICE int first_full_block(const WorkTile& tile) const {
+    return min_of(tile.blocks.end - (starts_half(tile) ? 3 : 2), tile.blocks.full_end - 1);
   }
 
+  template <class FirstScores>
   FA_DEVICE void finish_beside(const WorkTile& next, Softmax& next_softmax) {
-    Scores scores;
+    FirstScores scores;
     control_.q[turn_.warpgroup].wait_full(q_stage_);
     step<BlockKind::kFirst>(next, next.blocks.end - 1, scores, next_softmax);
     pack_fragment<Traits::kDtype>(p_, scores);
@@ -191,21 +218,22 @@ class TileMma {
   FA_DEVICE void last_values() {
     const RingState<Traits::kNumStages> v_stage = pending_values();
     control_.v.wait_full(v_stage);
-    issue_values(v_stage);
+    issue_values<Traits::kBlockN>(v_stage);
     cute::warpgroup_wait<0>();
     fence_fragment(out);
     release_v(v_stage);
   }
 
   // QK of a block together with PV of the block before, which may be the last tile's; then the softmax beside that PV.
-  template <BlockKind kKind>
-  FA_DEVICE void step(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+  // kValueKeys: of the block before.
+  template <BlockKind kKind, int kValueKeys = Traits::kBlockN, int kSize>
+  FA_DEVICE void step(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
     const RingState<Traits::kNumStages> v_stage = pending_values();
     control_.k.wait_full(k_stage_);
     turn_.wait();
     issue_scores(scores);
     control_.v.wait_full(v_stage);
-    issue_values(v_stage);
+    issue_values<kValueKeys>(v_stage);
     turn_.pass_on();
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
@@ -243,8 +271,8 @@ class TileMma {
     return softmax.template try_update<Traits::kPolynomialExp2Of16>(scores, params_.exp2_scale);
   }
 
-  template <BlockKind kKind>
-  FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
+  template <BlockKind kKind, int kSize>
+  FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
     apply_hook(tile, scores, n_block);
     if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !tile.blocks.is_full(n_block))) {
       mask_scores(scores, tile_visibility<Traits>(params_, tile), Packing{params_.packed_heads_log2}, first_row(tile),
@@ -254,7 +282,8 @@ class TileMma {
     softmax.template update<kPolynomialOf16>(scores, params_.exp2_scale);
   }
 
-  FA_DEVICE void apply_hook(const WorkTile& tile, Scores& scores, int n_block) {
+  template <int kSize>
+  FA_DEVICE void apply_hook(const WorkTile& tile, float (&scores)[kSize], int n_block) {
     if constexpr (Traits::kScore != Score::kScaled) {
       apply_score<Traits::kScore>(
           scores, {tile.batch, tile.head_q, tile.head_kv, /*query=*/0, n_block * Traits::kBlockN + fragment_column()},
@@ -262,18 +291,21 @@ class TileMma {
     }
   }
 
-  FA_DEVICE void issue_scores(Scores& scores) {
+  template <int kSize>
+  FA_DEVICE void issue_scores(float (&scores)[kSize]) {
+    using Mma = std::conditional_t<kSize == Traits::kBlockN / 2, typename Traits::QkMma, typename Traits::QkHalfMma>;
     fence_fragment(scores);
     cute::warpgroup_arrive();
-    issue_qk<Traits>(scores, q_address(), k_address());
+    issue_qk<Traits, Mma>(scores, q_address(), k_address());
     cute::warpgroup_commit_batch();
   }
 
+  template <int kKeys>
   FA_DEVICE void issue_values(RingState<Traits::kNumStages> v_stage) {
     fence_fragment(out);
     fence_fragment(p_);
     cute::warpgroup_arrive();
-    issue_pv<Traits>(out, p_, cute::cast_smem_ptr_to_uint(smem_.v[v_stage.index()]));
+    issue_pv<Traits, kKeys>(out, p_, cute::cast_smem_ptr_to_uint(smem_.v[v_stage.index()]));
     cute::warpgroup_commit_batch();
   }
 
