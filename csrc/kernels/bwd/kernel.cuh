@@ -69,7 +69,7 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   const KeyTile& tile = smem.control.tile;
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
 
-  const int warpgroup = same_in_warp(threadIdx.x / kWarpgroupThreads);
+  const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) BackwardProducer<Traits>(params, smem, tile).run();
