@@ -17,6 +17,8 @@ namespace fa {
 // Key blocks run from the last to the first. QK of a block is in flight together with PV of the block before, also
 // across the border between two tiles, and the softmax of the block runs beside that PV.
 //
+// A tile may visit blocks that only other warpgroups need; these are skipped. Of the first block half may be enough.
+//
 // With Rescale::kOnOverflow a full block is tried without its maximum, and keys stay until each warp knows that it will
 // not need them again.
 //
@@ -36,14 +38,14 @@ class TileMma {
 
   FA_DEVICE void begin(const WorkTile& first) {
     turn_.begin();
-    if (Shape::kOverlapsTiles && first.exists()) skip_blocks(blocks_before(first));
+    if (Shape::kOverlapsTiles && first.exists()) skip_blocks(first.blocks_before());
   }
   FA_DEVICE void end() { turn_.end(); }
 
   // QK and softmax of the tile's first block, with nothing beside them.
   FA_DEVICE void start(const WorkTile& tile) {
     // The values of these blocks come behind q, which waits for the output of the tile before where that lies over it.
-    if constexpr (!Shape::kOverlapsTiles) skip_blocks(blocks_before(tile));
+    if constexpr (!Shape::kOverlapsTiles) skip_blocks(tile.blocks_before());
     softmax_ = {};
     control_.q[turn_.warpgroup].wait_full(q_stage_);
     if (starts_half(tile)) {
@@ -73,7 +75,7 @@ class TileMma {
       if (ends_early(tile)) {
         // Now: the producer announces no tile before it has loaded these blocks.
         last_values();
-        skip_blocks(range.begin - tile.visited.begin);
+        skip_blocks(tile.blocks_behind());
       }
     }
   }
@@ -83,7 +85,7 @@ class TileMma {
   FA_DEVICE bool finish(const WorkTile& tile, const WorkTile& next) {
     OnlineSoftmax<Traits::kRescale> next_softmax;
     const bool ended = ends_early(tile);
-    const int skipped = Shape::kOverlapsTiles && next.exists() ? blocks_before(next) : 0;
+    const int skipped = Shape::kOverlapsTiles && next.exists() ? next.blocks_before() : 0;
     const bool starts_next = Shape::kOverlapsTiles && next.exists() && skipped == 0 && !ended;
     if (Shape::kOverlapsTiles && !kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
     q_stage_.advance();
@@ -131,12 +133,10 @@ class TileMma {
   // Whether this thread frees key buffers and q.
   FA_DEVICE static bool releases() { return threadIdx.x % (kWarpgroupThreads / Shape::kReleasesPerWarpgroup) == 0; }
 
-  // Whether the tile visits others behind them: only where a window ends on the left.
-  FA_DEVICE bool ends_early(const WorkTile& tile) const {
-    return Traits::kMask == Mask::kLocal && tile.blocks.begin > tile.visited.begin;
+  // Whether the tile goes on without the warpgroup: only where a window ends on the left.
+  FA_DEVICE static bool ends_early(const WorkTile& tile) {
+    return Traits::kMask == Mask::kLocal && tile.blocks_behind() > 0;
   }
-  // How many the tile visits before them.
-  FA_DEVICE int blocks_before(const WorkTile& tile) const { return tile.visited.end - tile.blocks.end; }
 
   // Blocks that are there for other warpgroups. A buffer can be freed only after it was filled, or its `empty` would
   // count for the use before, and after all threads have seen that, or one might wait for it while it is filled again.

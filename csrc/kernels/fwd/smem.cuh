@@ -26,6 +26,9 @@ struct WorkTile {
   static constexpr int kNoMoreWork = -1;
 
   FA_DEVICE bool exists() const { return m_block != kNoMoreWork; }
+  // Blocks that are visited for other warpgroups only, before and behind those of this one: the last keys come first.
+  FA_DEVICE int blocks_before() const { return visited.end - blocks.end; }
+  FA_DEVICE int blocks_behind() const { return blocks.begin - visited.begin; }
 };
 
 template <class Traits>
