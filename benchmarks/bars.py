@@ -191,13 +191,22 @@ def _backward_kernels(rows: Iterable[Row]) -> list[Verdict]:
     slowest = max(rows, key=lambda row: row["compile_cpu_seconds"])
     largest = max(rows, key=lambda row: row["compile_peak_bytes"])
     seconds, peak = slowest["compile_cpu_seconds"], largest["compile_peak_bytes"]
-    spilling = [row["name"] for row in rows if _spilled(row) != 0]
-    spills = f"{len(rows)} backward kernels without spills"
     return [
         _at_most("C6", f"{slowest['name']}, the slowest to compile, s of CPU time", seconds, MOST_COMPILE_SECONDS),
         _at_most("C6", f"{largest['name']}, the largest to compile, GB", peak / 1e9, MOST_COMPILE_BYTES / 1e9),
-        Verdict("C6", not spilling, f"{spills}: but for {', '.join(spilling)}" if spilling else spills),
+        _no_spills("C6", "backward", rows),
     ]
+
+
+def _forward_kernels(rows: Iterable[Row]) -> list[Verdict]:
+    rows = [row for row in rows if row["name"].startswith("fwd_")]
+    return [_no_spills("B6", "forward", rows)] if rows else []
+
+
+def _no_spills(bar: str, family: str, rows: Sequence[Row]) -> Verdict:
+    spilling = [row["name"] for row in rows if _spilled(row) != 0]
+    text = f"{len(rows)} {family} kernels without spills"
+    return Verdict(bar, not spilling, f"{text}: but for {', '.join(spilling)}" if spilling else text)
 
 
 def _spilled(row: Row) -> float:
@@ -210,7 +219,7 @@ _BARS: dict[str, tuple[Callable[[Sequence[Row]], list[Verdict]], ...]] = {
     "fwd": (_errors, _cudnn, _front, _masks_and_lengths, _longest),
     "bwd": (_errors, _backward_front, _deterministic, _wide_keys),
     "fwd+bwd": (_errors,),
-    "compile": (_backward_kernels,),
+    "compile": (_forward_kernels, _backward_kernels),
 }
 
 

@@ -139,6 +139,10 @@ def _overhead_table(result: Result) -> str:
     return _table(["call", "host time, us"], rows)
 
 
+#: Of more kernels the table is left to the result file.
+MOST_LISTED_KERNELS = 64
+
+
 def _compile_table(result: Result) -> str:
     rows = [
         [
@@ -155,6 +159,8 @@ def _compile_table(result: Result) -> str:
     total = f"{len(rows)} kernels in {result['wall_seconds']:.0f} s, {result['settings']['jobs']} at a time"
     costs = [_compile_costs(result["rows"], family) for family in ("forward", "backward")]
     parts = ["; ".join([total, *filter(None, costs)]) + ".", *_bars(result)]
+    if len(rows) > MOST_LISTED_KERNELS:
+        return "\n\n".join(parts)
     return "\n\n".join([*parts, f"<details><summary>Each kernel</summary>\n\n{table}\n\n</details>"])
 
 

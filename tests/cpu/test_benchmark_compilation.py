@@ -1,4 +1,4 @@
-"""What compiling the backward kernels may cost, and how it is reported."""
+"""What compiling the kernels may cost, and how it is reported."""
 
 import pytest
 from benchmarks import bars, compilation, report
@@ -37,8 +37,11 @@ def test_spills(stores, loads):
     assert text == "2 backward kernels without spills: but for bwd_b"
 
 
-def test_forward_kernels_are_judged_elsewhere():
-    assert bars.judge("compile", [row("fwd_a", 99.0)]) == []
+def test_of_forward_kernels_only_spills_are_judged_here():
+    assert failed(row("fwd_a", 99.0)) == []
+    assert failed(row("fwd_a"), row("fwd_b", loads=4), row("bwd_a")) == [
+        "2 forward kernels without spills: but for fwd_b"
+    ]
 
 
 def test_a_family_alone(monkeypatch):
@@ -60,3 +63,10 @@ def test_the_report_tells_the_passes_apart():
         "of the 2 backward kernels the slowest takes 6.0 s, the largest 0.32 GB."
     )
     assert "without spills: but for bwd_b: **no**" in text
+
+
+def test_the_report_lists_few_kernels_and_not_many():
+    result = {"wall_seconds": 9.0, "settings": {"jobs": 2}, "bars": []}
+    for count, is_listed in ((report.MOST_LISTED_KERNELS, True), (report.MOST_LISTED_KERNELS + 1, False)):
+        text = report._compile_table(result | {"rows": [row("fwd_a")] * count})
+        assert ("| fwd_a |" in text) == is_listed

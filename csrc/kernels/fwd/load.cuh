@@ -39,7 +39,6 @@ class Producer {
 
  private:
   using Shape = ForwardShape<Traits>;
-  static constexpr int kNone = -1;
 
   FA_DEVICE static bool leads() { return threadIdx.x == 0; }
   FA_DEVICE static int rank() { return Traits::kClusterSize == 1 ? 0 : cluster_rank(); }
@@ -110,24 +109,20 @@ class Producer {
     // With one q buffer, q waits for the last tile's last QK, and its last values need not.
     if constexpr (Traits::kNumQStages == 1) load_deferred_values(/*keys_ahead=*/1);
     load_q(tile);
-    load_deferred_values(/*keys_ahead=*/1);
+    if constexpr (Traits::kNumQStages > 1) load_deferred_values(/*keys_ahead=*/1);
 #pragma unroll 1
     for (int n_block = range.end - 2; n_block >= range.begin; --n_block) {
       load_k(tile, n_block);
       load_v(tile, n_block + 1, /*keys_ahead=*/1);
     }
-    if constexpr (Shape::kOverlapsTiles) {
-      deferred_block_ = range.begin;
-    } else {
-      load_v(tile, range.begin, /*keys_ahead=*/0);
-    }
+    if constexpr (!Shape::kOverlapsTiles) load_v(tile, range.begin, /*keys_ahead=*/0);
   }
 
-  // The last tile's last values. Its consumers still need them, so that its slot still holds it.
+  // The last tile's last values, if there was one. Its consumers still need them, so that its slot still holds it.
   FA_DEVICE void load_deferred_values(int keys_ahead) {
-    if (deferred_block_ == kNone) return;
-    load_v(control_.tile[0][(tile_slot_.count - 1) % kTileSlots], deferred_block_, keys_ahead);
-    deferred_block_ = kNone;
+    if (!Shape::kOverlapsTiles || tile_slot_.count == 0) return;
+    const WorkTile& tile = control_.tile[0][(tile_slot_.count - 1) % kTileSlots];
+    load_v(tile, tile.visited.begin, keys_ahead);
   }
 
   FA_DEVICE void load_q(const WorkTile& tile) {
@@ -191,7 +186,6 @@ class Producer {
   ForwardControl<Traits>& control_;
   RingState<kTileSlots> tile_slot_;
   RingState<Traits::kNumStages> k_stage_;
-  int deferred_block_ = kNone;  // of the tile before
 };
 
 }  // namespace fa
