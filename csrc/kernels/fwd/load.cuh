@@ -94,7 +94,7 @@ class Producer {
   }
 
   FA_DEVICE void tell_all(const WorkTile& tile) {
-#pragma unroll
+#pragma unroll 1
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
       control_.tile[warpgroup][tile_slot_.index()] = tile;
     }
