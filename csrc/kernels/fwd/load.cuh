@@ -66,6 +66,7 @@ class Producer {
                                   .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
                                   .at_least_one();
     tile.visited = {blocks.begin, blocks.end};
+    tile.blocks = blocks;
     return tile;
   }
 
@@ -82,8 +83,9 @@ class Producer {
   FA_DEVICE void announce(const ScheduledTile& scheduled) {
     if (scheduled.valid) {
       tell_all(work_tile(scheduled));
+      // Not unrolled, and downwards: the producer has no register to spare.
 #pragma unroll 1
-      for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
+      for (int warpgroup = Shape::kNumConsumerWarpgroups - 1; warpgroup >= 0; --warpgroup) {
         WorkTile& tile = control_.tile[warpgroup][tile_slot_.index()];
         tile.blocks = warpgroup_blocks(tile, warpgroup);
       }
@@ -94,7 +96,7 @@ class Producer {
   }
 
   FA_DEVICE void tell_all(const WorkTile& tile) {
-#pragma unroll 1
+#pragma unroll
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
       control_.tile[warpgroup][tile_slot_.index()] = tile;
     }
