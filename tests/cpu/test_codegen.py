@@ -43,7 +43,7 @@ def test_every_config_validates_and_renders(kernel: KernelConfig):
 def test_a_forward_pass_is_one_kernel(kernel: ForwardConfig):
     source = codegen.render(kernel)
     assert entry_points(source) == {kernel.name: (kernel.num_threads, "ForwardParams")}
-    extended = kernel.block_n not in COMMON_MMA_N or kernel.head_dim_v not in COMMON_MMA_N
+    extended = not {kernel.block_n, kernel.half_keys, kernel.head_dim_v} <= set(COMMON_MMA_N)
     assert ("CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED" in source) == extended
     assert source.index("#include") > source.find("#define")
 
