@@ -6,6 +6,7 @@ import dataclasses
 
 from .config import (
     CONSUMER_REGISTERS,
+    CONTROL_SMEM_BYTES,
     MAX_SMEM_BYTES,
     PRODUCER_REGISTERS,
     WARPGROUP_ROWS,
@@ -25,8 +26,6 @@ from .config import (
 BACKWARD_HEAD_DIM_TILES = (64, 128, 192, 256)
 _FP32_BYTES = 4
 _SMEM_ALIGNMENT = 1024
-#: Shared memory set aside for barriers and the tile; ``BackwardSmem`` asserts that they fit.
-BACKWARD_CONTROL_SMEM_BYTES = 1024
 #: Columns of dq that a warpgroup with all columns of dk and dv makes at once.
 _MAX_DQ_SLICE_COLUMNS = 64
 
@@ -192,7 +191,7 @@ class BackwardConfig(KernelConfig):
         elements += self.block_m * (self.num_stages * self.head_dim + self.num_dout_stages * self.head_dim_v)
         elements += (1 + size * size) * keys * self.block_m  # two dS, or P and dS, or P and two dS of each CTA
         elements += keys * self.head_dim // 2 * (size - 1)  # columns of the other CTA's keys
-        rest = (self.num_stages + self.num_dout_stages) * self.block_m * _FP32_BYTES + BACKWARD_CONTROL_SMEM_BYTES
+        rest = (self.num_stages + self.num_dout_stages) * self.block_m * _FP32_BYTES + CONTROL_SMEM_BYTES
         whole_rest = -(-rest // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT
         return elements * self.dtype.num_bytes + self.dq_staged_bytes + whole_rest
 

@@ -17,9 +17,8 @@ from collections.abc import Iterable
 
 #: Dynamic shared memory one CTA may use on sm_90 (bytes).
 MAX_SMEM_BYTES = 232_448
-#: Shared memory that a forward kernel sets aside for barriers and tile coordinates; ``ForwardSmem`` asserts that they
-#: fit.
-CONTROL_SMEM_BYTES = 2048
+#: Shared memory set aside for barriers and tile coordinates; the kernels' shared-memory plans assert that they fit.
+CONTROL_SMEM_BYTES = 1024
 #: Rows of the accumulator that one warpgroup owns (the M of ``wgmma.m64nNk16``).
 WARPGROUP_ROWS = 64
 #: Depth of a product, the K of ``wgmma.m64nNk16``.

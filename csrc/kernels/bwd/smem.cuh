@@ -16,9 +16,6 @@ constexpr int kMaxDqSliceColumns = 64;
 // The swizzle pattern is a function of the address.
 constexpr int kSmemAlignment = 1024;
 
-// Set aside for barriers and the tile.
-constexpr int kBackwardControlBytes = 1024;
-
 // Twins of the derived values are in hopper/flash_attn_3/backward_config.py.
 template <class Traits>
 struct BackwardShape {
@@ -79,7 +76,7 @@ struct BackwardShape {
   static constexpr int kSmemBytes =
       kKBytes + kVBytes + Traits::kNumStages * kQBytes + Traits::kNumDoutStages * kDoutBytes + kExchangeBytes +
       kOtherKBytes + kDqStagedBytes +
-      ceil_div(kStatisticsStages * kStatisticsBytes + kBackwardControlBytes, kSmemAlignment) * kSmemAlignment;
+      ceil_div(kStatisticsStages * kStatisticsBytes + kControlBytes, kSmemAlignment) * kSmemAlignment;
 };
 
 // A block of keys of one head and sequence, and the query blocks that see it.
@@ -149,11 +146,10 @@ struct alignas(kSmemAlignment) BackwardSmem {
   float delta[Traits::kNumDoutStages][Traits::kBlockM];
   union {
     BackwardControl<Traits> control;
-    uint8_t control_bytes[kBackwardControlBytes];
+    uint8_t control_bytes[kControlBytes];
   };
 
-  static_assert(sizeof(BackwardControl<Traits>) <= kBackwardControlBytes,
-                "raise kBackwardControlBytes and its Python twin");
+  static_assert(sizeof(BackwardControl<Traits>) <= kControlBytes, "raise kControlBytes and its Python twin");
 };
 
 // The first key of one of a tile's CTAs.

@@ -11,11 +11,10 @@ namespace fa {
 
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
-constexpr int kWarpgroupRows = 64;  // M of wgmma.m64nNk16
-constexpr int kMmaDepth = 16;       // K of wgmma.m64nNk16
-// Shared memory that forward kernels set aside for barriers and tile coordinates.
-constexpr int kControlBytes = 2048;
-constexpr int kTileSlots = 4;  // tiles announced to the consumers and not yet done with
+constexpr int kWarpgroupRows = 64;   // M of wgmma.m64nNk16
+constexpr int kMmaDepth = 16;        // K of wgmma.m64nNk16
+constexpr int kControlBytes = 1024;  // shared memory set aside for barriers and tile coordinates
+constexpr int kTileSlots = 4;        // tiles announced to the consumers and not yet done with
 
 // Width in bytes of one shared-memory column chunk of a tile `width` 16-bit elements wide, which is also its swizzle.
 constexpr int swizzle_bytes(int width) { return width * 2 % 128 == 0 ? 128 : 64; }

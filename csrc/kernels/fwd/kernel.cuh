@@ -25,20 +25,19 @@ FA_DEVICE void init_barriers(ForwardControl<Traits>& control) {
 template <class Traits>
 FA_DEVICE void consume(const ForwardParams& params, ForwardSmem<Traits>& smem, int warpgroup) {
   ForwardControl<Traits>& control = smem.control;
-  const WorkTile* const tiles = control.tile[warpgroup];
   TileMma<Traits> mma(params, smem, warpgroup);
   Epilogue<Traits> epilogue(params, smem, warpgroup);
   control.tiles.wait_full({0});
-  mma.begin(tiles[0]);
+  mma.begin(control.tile[0]);
   bool started = false;
   for (;;) {
     const RingState<kTileSlots> slot{mma.num_tiles()}, next{slot.count + 1};
-    const WorkTile& tile = tiles[slot.index()];
+    const WorkTile& tile = control.tile[slot.index()];
     if (!tile.exists()) break;
     if (!started) mma.start(tile);
     mma.run(tile);
     control.tiles.wait_full(next);
-    started = mma.finish(tile, tiles[next.index()]);
+    started = mma.finish(tile, control.tile[next.index()]);
     epilogue.store(mma, tile);
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) control.tiles.release(slot);

@@ -27,9 +27,8 @@ class Producer {
       control_.tiles.wait_empty(tile_slot_);
       if (leads()) announce(scheduled);
       if (!scheduled.valid) break;
-      // Read back from shared memory: the producer has few registers. For the same reason the stages of q and v follow
-      // from other counts.
-      if (leads()) load_tile(control_.tile[0][tile_slot_.index()]);
+      // The stages of q and v follow from other counts: the producer has few registers.
+      if (leads()) load_tile(control_.tile[tile_slot_.index()]);
       __syncwarp();
       tile_slot_.advance();
     }
@@ -51,10 +50,10 @@ class Producer {
 
   FA_DEVICE Packing packing() const { return {params_.packed_heads_log2}; }
 
-  FA_DEVICE WorkTile work_tile(const ScheduledTile& scheduled) const {
+  // Written field by field to where the consumers read it, and read back from there: the producer has few registers.
+  FA_DEVICE void describe(const ScheduledTile& scheduled, WorkTile& tile) const {
     const int group = scheduled.position.head / params_.num_value_passes;
     const int head_q = packing().rows(group);
-    WorkTile tile;
     tile.m_block = scheduled.position.m_block * Traits::kClusterSize + rank();
     tile.batch = scheduled.batch;
     tile.head_q = head_q;
@@ -66,8 +65,6 @@ class Producer {
                                   .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
                                   .at_least_one();
     tile.visited = {blocks.begin, blocks.end};
-    tile.blocks = blocks;
-    return tile;
   }
 
   // Those that a warpgroup's rows need. One without a visible key, or without a row, visits the block that comes last.
@@ -81,25 +78,18 @@ class Producer {
   }
 
   FA_DEVICE void announce(const ScheduledTile& scheduled) {
+    WorkTile& tile = control_.tile[tile_slot_.index()];
     if (scheduled.valid) {
-      tell_all(work_tile(scheduled));
-      // Not unrolled, and downwards: the producer has no register to spare.
+      describe(scheduled, tile);
+      // Not unrolled: the producer has no register to spare.
 #pragma unroll 1
-      for (int warpgroup = Shape::kNumConsumerWarpgroups - 1; warpgroup >= 0; --warpgroup) {
-        WorkTile& tile = control_.tile[warpgroup][tile_slot_.index()];
-        tile.blocks = warpgroup_blocks(tile, warpgroup);
+      for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
+        tile.needed[warpgroup] = warpgroup_blocks(tile, warpgroup);
       }
     } else {
-      tell_all({WorkTile::kNoMoreWork});
+      tile.m_block = WorkTile::kNoMoreWork;
     }
     Barrier::arrive(&control_.tiles.full[tile_slot_.index()]);
-  }
-
-  FA_DEVICE void tell_all(const WorkTile& tile) {
-#pragma unroll
-    for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
-      control_.tile[warpgroup][tile_slot_.index()] = tile;
-    }
   }
 
   // Keys run one block ahead of values, as the consumers issue QK of the next block before PV of the last: where tiles
@@ -123,7 +113,7 @@ class Producer {
   // The last tile's last values, if there was one. Its consumers still need them, so that its slot still holds it.
   FA_DEVICE void load_deferred_values(int keys_ahead) {
     if (!Shape::kOverlapsTiles || tile_slot_.count == 0) return;
-    const WorkTile& tile = control_.tile[0][(tile_slot_.count - 1) % kTileSlots];
+    const WorkTile& tile = control_.tile[(tile_slot_.count - 1) % kTileSlots];
     load_v(tile, tile.visited.begin, keys_ahead);
   }
 

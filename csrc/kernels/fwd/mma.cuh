@@ -38,14 +38,14 @@ class TileMma {
 
   FA_DEVICE void begin(const WorkTile& first) {
     turn_.begin();
-    if (Shape::kOverlapsTiles && first.exists()) skip_blocks(first.blocks_before());
+    if (Shape::kOverlapsTiles && first.exists()) skip_blocks(blocks_before(first));
   }
   FA_DEVICE void end() { turn_.end(); }
 
   // QK and softmax of the tile's first block, with nothing beside them.
   FA_DEVICE void start(const WorkTile& tile) {
     // The values of these blocks come behind q, which waits for the output of the tile before where that lies over it.
-    if constexpr (!Shape::kOverlapsTiles) skip_blocks(tile.blocks_before());
+    if constexpr (!Shape::kOverlapsTiles) skip_blocks(blocks_before(tile));
     softmax_ = {};
     control_.q[turn_.warpgroup].wait_full(q_stage_);
     if (starts_half(tile)) {
@@ -58,7 +58,7 @@ class TileMma {
   // All further blocks.
   FA_DEVICE void run(const WorkTile& tile) {
     clear_fragment(out);
-    const BlockRange& range = tile.blocks;
+    const BlockRange& range = needed(tile);
     int n_block = range.end - 2;
     if (starts_half(tile)) {
       Scores scores;
@@ -75,7 +75,7 @@ class TileMma {
       if (ends_early(tile)) {
         // Now: the producer announces no tile before it has loaded these blocks.
         last_values();
-        skip_blocks(tile.blocks_behind());
+        skip_blocks(blocks_behind(tile));
       }
     }
   }
@@ -85,7 +85,7 @@ class TileMma {
   FA_DEVICE bool finish(const WorkTile& tile, const WorkTile& next) {
     OnlineSoftmax<Traits::kRescale> next_softmax;
     const bool ended = ends_early(tile);
-    const int skipped = Shape::kOverlapsTiles && next.exists() ? next.blocks_before() : 0;
+    const int skipped = Shape::kOverlapsTiles && next.exists() ? blocks_before(next) : 0;
     const bool starts_next = Shape::kOverlapsTiles && next.exists() && skipped == 0 && !ended;
     if (Shape::kOverlapsTiles && !kReleasesQEarly && releases()) control_.q[turn_.warpgroup].release(q_stage_);
     q_stage_.advance();
@@ -97,7 +97,7 @@ class TileMma {
       if (!ended) last_values();
       skip_blocks(skipped);
     }
-    if (first_full_block(tile) - tile.blocks.full_begin >= promoted_.blocks()) {
+    if (first_full_block(tile) - needed(tile).full_begin >= promoted_.blocks()) {
       promoted_.add_promoted(out, softmax_.reference);
     }
     softmax_.finish(params_.exp2_scale, normalizer, lse);
@@ -133,9 +133,15 @@ class TileMma {
   // Whether this thread frees key buffers and q.
   FA_DEVICE static bool releases() { return threadIdx.x % (kWarpgroupThreads / Shape::kReleasesPerWarpgroup) == 0; }
 
+  // Blocks that the warpgroup's rows need, and how many are visited for others before and behind them: the last keys
+  // come first.
+  FA_DEVICE const BlockRange& needed(const WorkTile& tile) const { return tile.needed[turn_.warpgroup]; }
+  FA_DEVICE int blocks_before(const WorkTile& tile) const { return tile.visited.end - needed(tile).end; }
+  FA_DEVICE int blocks_behind(const WorkTile& tile) const { return needed(tile).begin - tile.visited.begin; }
+
   // Whether the tile goes on without the warpgroup: only where a window ends on the left.
-  FA_DEVICE static bool ends_early(const WorkTile& tile) {
-    return Traits::kMask == Mask::kLocal && tile.blocks_behind() > 0;
+  FA_DEVICE bool ends_early(const WorkTile& tile) const {
+    return Traits::kMask == Mask::kLocal && blocks_behind(tile) > 0;
   }
 
   // Blocks that are there for other warpgroups. A buffer can be freed only after it was filled, or its `empty` would
@@ -158,16 +164,16 @@ class TileMma {
   // Whether the warpgroup's rows see no more of its first block than HalfScores hold. Never of its only one, so that
   // all values are of whole blocks but those of a first block.
   FA_DEVICE bool starts_half(const WorkTile& tile) const {
-    if (Shape::kHalfKeys == Traits::kBlockN || tile.blocks.end - tile.blocks.begin < 2) return false;
+    if (Shape::kHalfKeys == Traits::kBlockN || needed(tile).end - needed(tile).begin < 2) return false;
     const int row = tile.m_block * Traits::kBlockM + (turn_.warpgroup + 1) * kWarpgroupRows - 1;
     const int last_row = min_of(tile.q.length - 1, Packing{params_.packed_heads_log2}.position(row));
     const int end = tile_visibility<Traits>(params_, tile).keys(last_row).end;
-    return end <= (tile.blocks.end - 1) * Traits::kBlockN + Shape::kHalfKeys;
+    return end <= (needed(tile).end - 1) * Traits::kBlockN + Shape::kHalfKeys;
   }
 
   template <class FirstScores>
   FA_DEVICE void first_block(const WorkTile& tile) {
-    const int n_block = tile.blocks.end - 1;
+    const int n_block = needed(tile).end - 1;
     FirstScores scores;
     control_.k.wait_full(k_stage_);
     turn_.wait();
@@ -194,8 +200,8 @@ class TileMma {
 
   FA_DEVICE void run_full_blocks(const WorkTile& tile, int& n_block) {
     for (;;) {
-      run_blocks<BlockKind::kFull>(tile, n_block, max_of(tile.blocks.full_begin, n_block + 1 - promoted_.blocks()));
-      if (n_block < tile.blocks.full_begin) return;
+      run_blocks<BlockKind::kFull>(tile, n_block, max_of(needed(tile).full_begin, n_block + 1 - promoted_.blocks()));
+      if (n_block < needed(tile).full_begin) return;
       const bool first = n_block + promoted_.blocks() == first_full_block(tile);
       if (!first) promoted_.add_promoted(out, softmax_.reference);
       promoted_.promote(out, softmax_.reference);
@@ -204,14 +210,14 @@ class TileMma {
 
   // That run_full_blocks() begins with: the last one that no step of another kind took.
   FA_DEVICE int first_full_block(const WorkTile& tile) const {
-    return min_of(tile.blocks.end - (starts_half(tile) ? 3 : 2), tile.blocks.full_end - 1);
+    return min_of(needed(tile).end - (starts_half(tile) ? 3 : 2), needed(tile).full_end - 1);
   }
 
   template <class FirstScores>
   FA_DEVICE void finish_beside(const WorkTile& next, Softmax& next_softmax) {
     FirstScores scores;
     control_.q[turn_.warpgroup].wait_full(q_stage_);
-    step<BlockKind::kFirst>(next, next.blocks.end - 1, scores, next_softmax);
+    step<BlockKind::kFirst>(next, needed(next).end - 1, scores, next_softmax);
     pack_fragment<Traits::kDtype>(p_, scores);
   }
 
@@ -237,20 +243,10 @@ class TileMma {
     turn_.pass_on();
     cute::warpgroup_wait<1>();
     fence_fragment(scores);
-    [[maybe_unused]] const Softmax before = softmax;
-    [[maybe_unused]] bool done = true;
     if constexpr (kTriesWithoutMaximum<kKind>) {
-      done = try_probabilities(tile, n_block, scores, softmax);
-    } else {
-      release_keys(tile, n_block);
-      to_probabilities<kKind>(tile, n_block, scores, softmax);
-    }
-    hold_until_known(softmax.row_sum[0] + softmax.row_sum[1]);
-    cute::warpgroup_wait<0>();
-    fence_fragment(out);
-    fence_fragment(p_);
-    release_v(v_stage);
-    if constexpr (kTriesWithoutMaximum<kKind>) {
+      const Softmax before = softmax;
+      const bool done = try_probabilities(tile, n_block, scores, softmax);
+      finish_values(v_stage, softmax);
       if (!done) {
         softmax = before;
         compute_warp_scores<Traits>(scores, q_address(), k_address());
@@ -258,7 +254,20 @@ class TileMma {
         correct_output();
       }
       release_keys(tile, n_block);
+    } else {
+      release_keys(tile, n_block);
+      to_probabilities<kKind>(tile, n_block, scores, softmax);
+      finish_values(v_stage, softmax);
     }
+  }
+
+  // Behind the softmax, not beside it.
+  FA_DEVICE void finish_values(RingState<Traits::kNumStages> v_stage, const Softmax& softmax) {
+    hold_until_known(softmax.row_sum[0] + softmax.row_sum[1]);
+    cute::warpgroup_wait<0>();
+    fence_fragment(out);
+    fence_fragment(p_);
+    release_v(v_stage);
   }
 
   FA_DEVICE void correct_output() {
@@ -274,7 +283,7 @@ class TileMma {
   template <BlockKind kKind, int kSize>
   FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
     apply_hook(tile, scores, n_block);
-    if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !tile.blocks.is_full(n_block))) {
+    if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !needed(tile).is_full(n_block))) {
       mask_scores(scores, tile_visibility<Traits>(params_, tile), Packing{params_.packed_heads_log2}, first_row(tile),
                   n_block * Traits::kBlockN);
     }
@@ -328,7 +337,7 @@ class TileMma {
     release_k();
     // Nobody reads q after the tile's last QK, and its only buffer is wanted for the next tile.
     if constexpr (kReleasesQEarly) {
-      const bool last = n_block == tile.blocks.begin;
+      const bool last = n_block == needed(tile).begin;
       if (releases() && last) control_.q[turn_.warpgroup].release(q_stage_);
     }
   }

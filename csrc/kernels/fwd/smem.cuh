@@ -8,8 +8,7 @@
 
 namespace fa {
 
-// One unit of work, as one consumer warpgroup sees it: a block of query rows of one head, of which it has 64, and one
-// pass over the value columns.
+// One unit of work: a block of query rows of one head, and one pass over the value columns.
 struct WorkTile {
   int m_block;  // kNoMoreWork: the CTA is done
   int batch;
@@ -18,17 +17,14 @@ struct WorkTile {
   int value_pass;
   Sequence q;
   Sequence k;
-  // Blocks of keys that the tile visits, and those of them that the warpgroup's rows need. At least one each, which may
-  // be masked as a whole.
+  // Blocks of keys that the tile visits, and those of them that a warpgroup's 64 rows need. At least one each, which
+  // may be masked as a whole.
   KeyRange visited;
-  BlockRange blocks;
+  BlockRange needed[kMaxConsumerWarpgroups];
 
   static constexpr int kNoMoreWork = -1;
 
   FA_DEVICE bool exists() const { return m_block != kNoMoreWork; }
-  // Blocks that are visited for other warpgroups only, before and behind those of this one: the last keys come first.
-  FA_DEVICE int blocks_before() const { return visited.end - blocks.end; }
-  FA_DEVICE int blocks_behind() const { return blocks.begin - visited.begin; }
 };
 
 template <class Traits>
@@ -37,7 +33,7 @@ struct ForwardControl {
   SharedRing<Traits::kNumStages, Traits::kClusterSize> k;
   SharedRing<Traits::kNumStages, Traits::kClusterSize> v;
   Ring<kTileSlots> tiles;
-  WorkTile tile[ForwardShape<Traits>::kNumConsumerWarpgroups][kTileSlots];
+  WorkTile tile[kTileSlots];
 };
 
 // Tiles need 1024-byte alignment: the swizzle pattern is a function of the address. All their sizes are multiples of
