@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
+from benchmarks.sass import opcodes
 
-from compile_tools import disassemble, opcodes
+from compile_tools import disassemble
 from flash_attn_3 import compiler, presets
 from flash_attn_3.backward_config import Accumulation, BackwardConfig, DqPath
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward

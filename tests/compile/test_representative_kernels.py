@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
+from benchmarks.sass import opcodes, product_loops, steps, usual_path
 
-from compile_tools import disassemble, innermost_loops, opcodes
+from compile_tools import disassemble
 from flash_attn_3 import compiler
 from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
@@ -67,9 +68,9 @@ class TestRepresentativeKernels:
 
     def test_softmax_runs_beside_the_product(self, compile_kernel, config):
         # The exponentials of a step come before its wait for PV: the compiler likes to move that wait up.
-        steps = [loop for loop in innermost_loops(disassemble(compile_kernel(config))) if opcodes(loop)["HGMMA"] > 0]
-        assert len(steps) >= 1 + (config.mask is not Mask.FULL) + (config.mask is Mask.LOCAL)
-        for step in steps:
+        loops = product_loops(disassemble(compile_kernel(config)))
+        assert len(loops) >= 1 + (config.mask is not Mask.FULL) + (config.mask is Mask.LOCAL)
+        for step in loops:
             waits = [index for index, line in enumerate(step) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0")]
             exponentials = [index for index, line in enumerate(step) if line.startswith("MUFU.EX2")]
             assert len(waits) == 1
@@ -87,24 +88,25 @@ class TestRepresentativeKernels:
         )
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_block_is_tried_without_its_maximum(compile_kernel, head_dim):
-    """Rescale.ON_OVERFLOW: from the products of a whole block to the branch that skips its second try."""
-    config = dataclasses.replace(planned(head_dim, Mask.FULL), rescale=Rescale.ON_OVERFLOW)
+@pytest.mark.parametrize(("head_dim", "mask"), [(64, Mask.FULL), (64, Mask.CAUSAL), (128, Mask.FULL), (256, Mask.FULL)])
+def test_a_block_is_tried_without_its_maximum(compile_kernel, head_dim, mask):
+    """Rescale.ON_OVERFLOW: a step over full blocks, without its second try."""
+    config = dataclasses.replace(planned(head_dim, mask), rescale=Rescale.ON_OVERFLOW)
     kernel = compile_kernel(config)
     assert (kernel.meta["spill_store_bytes"], kernel.meta["spill_load_bytes"]) == (0, 0)
     lines = disassemble(kernel)
-    instructions = opcodes(lines)
-    assert instructions["HMMA"] >= config.block_n // 8  # the second try's products
-    second_try = next(index for index, line in enumerate(lines) if line.startswith("HMMA"))
-    products = max(index for index, line in enumerate(lines[:second_try]) if line.startswith("HGMMA"))
-    first_try = lines[products:second_try]
-    found = opcodes(first_try)
+    loop = next(loop for loop in product_loops(lines) if opcodes(loop)["HMMA"] > 0)
+    assert opcodes(loop)["HMMA"] >= config.block_n // 8  # the second try's products
+    usual = usual_path(loop)
+    found = opcodes(usual)
     assert found["MUFU"] == config.block_n // 2
-    assert found["FMNMX"] == found["SHFL"] == 0
+    assert found["FMNMX"] == found["SHFL"] == found["HMMA"] == 0
     assert found["VOTE"] == 1
-    wait = next(index for index, line in enumerate(first_try) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
-    assert opcodes(first_try[:wait])["MUFU"] == config.block_n // 2
+    wait = next(index for index, line in enumerate(usual) if line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0"))
+    assert opcodes(usual[:wait])["MUFU"] == config.block_n // 2
+    # What it is for.
+    eager = compile_kernel(dataclasses.replace(config, rescale=Rescale.EAGER))
+    assert steps(lines)[0].total() < 0.9 * steps(disassemble(eager))[0].total()
 
 
 def test_compile_budget(compile_kernel):

@@ -63,7 +63,7 @@ DEFECTS = [
 HALF_DEFECTS = [
     (708, SourceChange("fwd/mma.cuh", "+ Shape::kHalfKeys;", "+ Shape::kHalfKeys + 8;")),
     (700, SourceChange("fwd/mma.cuh", "step<BlockKind::kEdge, Shape::kHalfKeys>", "step<BlockKind::kEdge>")),
-    (700, SourceChange("fwd/mma.cuh", "blocks.end - tile.blocks.begin < 2", "blocks.end - tile.blocks.begin < 1")),
+    (700, SourceChange("fwd/mma.cuh", "needed(tile).begin < 2", "needed(tile).begin < 1")),
 ]
 
 

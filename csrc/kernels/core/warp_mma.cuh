@@ -18,15 +18,18 @@ template <class Traits, int kSize>
 FA_DEVICE void compute_warp_scores(float (&scores)[kSize], uint32_t q, uint32_t k) {
   constexpr int kSwizzleBytes = ForwardShape<Traits>::kSwizzleBytes;
   using Mma = WarpMma<Traits::kDtype>;
+  // By way of a shuffle, so that addresses are made here: those of the epilogue's stores have parts in common with
+  // them, which the compiler would make ahead of all blocks, and keep in registers.
+  const int thread = __shfl_sync(~0u, threadIdx.x, threadIdx.x % kWarpThreads);
   clear_fragment(scores);
 #pragma unroll 1
   for (int depth = 0; depth < Traits::kHeadDim; depth += kMmaDepth) {
     uint32_t a[4];  // 16 queries x 16
-    load_matrices(matrix_row<kWarpgroupRows, kSwizzleBytes>(q, warp_row(), depth), a);
+    load_matrices(matrix_row<kWarpgroupRows, kSwizzleBytes>(q, warp_row(thread), depth, thread), a);
 #pragma unroll
     for (int key = 0; key < Traits::kBlockN; key += 16) {
       uint32_t b[4];  // 16 keys x 16: the first 8 keys are words 0 and 2, the others 1 and 3
-      load_matrices(matrix_row<Traits::kBlockN, kSwizzleBytes>(k, key, depth), b);
+      load_matrices(matrix_row<Traits::kBlockN, kSwizzleBytes>(k, key, depth, thread), b);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* const d = scores + key / 2 + 4 * half;
