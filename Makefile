@@ -17,6 +17,8 @@ TORCH_VERSION ?= 2.13.0
 USE_SYSTEM_PYTHON ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests (pytest-xdist; without it there is one). They share the GPU, too, where there is one.
+TEST_JOBS ?= 2
 
 # Here kernels are compiled when they are first used. `make venv FLASH_ATTN_3_KERNELS=core` compiles the common
 # set at installation instead, as a plain `pip install .` does.
@@ -53,7 +55,7 @@ demo: $(PACKAGE)
 	$(RUN) -m flash_attn_3.demo $(DEMO_ARGS)
 
 test: $(PACKAGE)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(TEST_JOBS)) $(PYTEST_ARGS)
 
 lint: $(LINTERS)
 	$(BIN)ruff check .

@@ -6,12 +6,12 @@
 namespace fa {
 
 // The first of the 16 rows of a thread's warp among the 64 of its warpgroup.
-FA_DEVICE int warp_row(int thread = threadIdx.x) { return thread % kWarpgroupThreads / kWarpThreads * 16; }
+FA_DEVICE int warp_row(unsigned thread = threadIdx.x) { return thread % kWarpgroupThreads / kWarpThreads * 16; }
 
 // Where the lane's row of four 8x8 matrices, two down and two across, lies in a tile of kRows rows of 16-bit columns:
 // lane l has row l % 8 of matrix l / 8. `first_row`, `column`: of the 16 x 16 that the matrices cover.
 template <int kRows, int kSwizzleBytes>
-FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column, int thread = threadIdx.x) {
+FA_DEVICE uint32_t matrix_row(uint32_t tile, int first_row, int column, unsigned thread = threadIdx.x) {
   constexpr int kChunkColumns = kSwizzleBytes / 2;
   const int lane = thread % kWarpThreads;
   const int row = first_row + lane % 16;

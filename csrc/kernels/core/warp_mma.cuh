@@ -20,7 +20,7 @@ FA_DEVICE void compute_warp_scores(float (&scores)[kSize], uint32_t q, uint32_t 
   using Mma = WarpMma<Traits::kDtype>;
   // By way of a shuffle, so that addresses are made here: those of the epilogue's stores have parts in common with
   // them, which the compiler would make ahead of all blocks, and keep in registers.
-  const int thread = __shfl_sync(~0u, threadIdx.x, threadIdx.x % kWarpThreads);
+  const unsigned thread = __shfl_sync(~0u, threadIdx.x, threadIdx.x % kWarpThreads);
   clear_fragment(scores);
 #pragma unroll 1
   for (int depth = 0; depth < Traits::kHeadDim; depth += kMmaDepth) {
