@@ -235,6 +235,12 @@ class ForwardConfig(KernelConfig):
         return column_chunk_bytes(self.head_dim_v, self.dtype)
 
     @property
+    def _column_chunks(self) -> tuple[int, int]:
+        """Of k and of v."""
+        num_bytes = self.dtype.num_bytes
+        return self.head_dim * num_bytes // self.swizzle_bytes, self.head_dim_v * num_bytes // self.swizzle_bytes_v
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: q, k and v stages, the output tile, control words."""
         elements = self.num_q_stages * self.block_m * self.head_dim
@@ -303,6 +309,11 @@ class ForwardConfig(KernelConfig):
                 self.cluster_size == 1 or self.mask is Mask.FULL,
                 "cluster_size",
                 "1 when mask is not FULL: neighbouring query blocks see other keys",
+            ),
+            (
+                self.cluster_size == 1 or min(self._column_chunks) >= 2,
+                "cluster_size",
+                "1 when k or v is one column chunk: each CTA of a cluster loads its share of the chunks",
             ),
             (
                 self.num_q_stages == 1 or self.output_buffer is not OutputBuffer.WITH_Q,

@@ -17,7 +17,7 @@ OVER_Q = {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q, "block_n": 48
 TILES = [
     (Case(64, **DENSE, causal=True), {"block_m": 192}),
     (Case(64, **DENSE, causal=True), {"block_m": 256, "block_n": 64}),
-    (Case(64, **DENSE), {"block_m": 256, "block_n": 64, "cluster_size": 2}),  # warpgroups without a row
+    (Case(96, **DENSE), {"block_m": 192, "block_n": 64, "cluster_size": 2}),  # warpgroups without a row
     (Case(64, **DENSE, window_size=(100, 50)), {"block_m": 192}),
     (Case(256, **DENSE, window_size=(70, 0)), {}),
     (Case(128, **DENSE, attention_chunk=96), {"block_n": 48}),

@@ -22,7 +22,6 @@ TILES = [
     (Case(128, **DENSE), {"cluster_size": 2}),
     (Case(128, **VARLEN), {"cluster_size": 2}),
     (Case(256, **DENSE), {"cluster_size": 2, "block_n": 64}),
-    (Case(64, 320, **DENSE), {"cluster_size": 2}),
     (Case(64, **DENSE, causal=True), {"rescale": Rescale.ON_OVERFLOW, "polynomial_exp2_of_16": 4}),
     (Case(64, **DENSE, window_size=(200, 20), dtype=torch.float16), {"rescale": Rescale.ON_OVERFLOW}),
     (Case(96, **VARLEN, softcap=10.0), {"rescale": Rescale.ON_OVERFLOW, "num_q_stages": 1}),

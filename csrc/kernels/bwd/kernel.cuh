@@ -45,6 +45,7 @@ FA_DEVICE void begin_tile(const BackwardParams& params, BackwardControl<Traits>&
   int index = blockIdx.x / kClusterSize;
   if (first_thread) init_barriers(control);
   if constexpr (Traits::kAccumulation == Accumulation::kOrdered) {
+    if constexpr (kClusterSize > 1) sync_cluster();  // until then the other CTA may not have its memory
     if (first_thread && tile_rank<Traits>() == 0) {
       index = take_tile(params.tile_counter, gridDim.x / kClusterSize);
       control.tile_index = index;

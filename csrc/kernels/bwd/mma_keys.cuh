@@ -82,6 +82,7 @@ class KeySplitMma {
     issue_dk(stage);
     cute::warpgroup_wait<1>();
     fence_fragment(dv);
+    fence_fragment(p);
     fence_fragment(dq);
     if (leads()) control_.dout.release(dout_at());
     adder_.template add<0>(dq, head_q_, m_block);

@@ -140,7 +140,7 @@ class Producer {
   }
 
   // `keys_ahead`: blocks of keys that were loaded after these values' own. The chunks are shared out the other way
-  // round than for k, so that tiles of one chunk make no difference between CTAs.
+  // round than for k, so that an odd one makes no difference between CTAs.
   FA_DEVICE void load_v(const WorkTile& tile, int n_block, int keys_ahead) {
     const RingState<Traits::kNumStages> stage{k_stage_.count - 1 - keys_ahead};
     control_.v.wait_empty(stage);

@@ -250,6 +250,7 @@ class TileMma {
       if (!done) {
         softmax = before;
         compute_warp_scores<Traits>(scores, q_address(), k_address());
+        cutlass::arch::fence_view_async_shared();  // between these reads and the copy that overwrites what they read
         to_probabilities<kKind>(tile, n_block, scores, softmax);
         correct_output();
       }
