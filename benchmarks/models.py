@@ -1,7 +1,7 @@
 """Models behind entries of LOG.md: what can be said of a kernel without a GPU.
 
 python -m benchmarks.models accumulator    # what a truncating accumulator makes of very long sums; 20 s
-python -m benchmarks.models balance        # how evenly causal launches end
+python -m benchmarks.models balance        # how evenly launches end whose tiles differ
 python -m benchmarks.models blocks         # what is computed for nothing at the edges of masks
 """
 
@@ -10,19 +10,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import heapq
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from flash_attn_3.block_range import block_range, row_keys
 from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
-from flash_attn_3.cpu.block_range import block_range, row_keys
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
 from flash_attn_3.problem import UNLIMITED, ForwardProblem, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
 TOKENS, FEATURES, NUM_SMS = 16384, 2048, 132
+CAUSAL = MaskSpec(Mask.CAUSAL, UNLIMITED, 0)
 #: What a tile costs beside its key blocks, in key blocks.
 TILE_OVERHEAD = 0.7
 
@@ -56,20 +58,21 @@ def accumulate(num_keys: int, keys_per_level: int) -> tuple[float, float]:
     return dot / (exact**2).sum(), 1.0 - dot / math.sqrt((found**2).sum() * (exact**2).sum())
 
 
-def causal_plan(head_dim: int, seqlen: int) -> ForwardPlan:
-    """The planner's answer to a causal problem of `TOKENS` tokens."""
+def planned(head_dim: int, seqlen: int, mask: MaskSpec = CAUSAL) -> ForwardPlan:
+    """The planner's answer to a problem of `TOKENS` tokens."""
     batch, heads = TOKENS // seqlen, FEATURES // head_dim
     return plan_forward(
         ForwardProblem(
             *(Dtype.BF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim),
-            *(MaskSpec(Mask.CAUSAL, UNLIMITED, 0), Score.SCALED, SeqLayout.DENSE, NUM_SMS),
+            *(mask, Score.SCALED, SeqLayout.DENSE, NUM_SMS),
         )
     )
 
 
-def num_tiles(head_dim: int, seqlen: int) -> tuple[int, int]:
+def num_tiles(head_dim: int, seqlen: int, mask: MaskSpec = CAUSAL) -> tuple[int, int]:
     """(query blocks of a head, heads of all sequences) of that problem."""
-    return -(-seqlen // causal_plan(head_dim, seqlen).config.block_m), TOKENS // seqlen * (FEATURES // head_dim)
+    block_m = planned(head_dim, seqlen, mask).config.block_m
+    return -(-seqlen // block_m), TOKENS // seqlen * (FEATURES // head_dim)
 
 
 def sections(num_heads: int, heads: int, least_last: int) -> list[range]:
@@ -80,23 +83,28 @@ def sections(num_heads: int, heads: int, least_last: int) -> list[range]:
     return [range(*ends) for ends in zip(bounds, [*bounds[1:], num_heads], strict=True)]
 
 
-def causal_order(num_m_blocks: int, num_heads: int, heads: int, least_last: int) -> Iterator[int]:
+def in_sections(num_m_blocks: int, num_heads: int, heads: int, least_last: int) -> Iterator[int]:
     """Query blocks in the order in which tiles are handed out: of each section the longest first."""
     for section in sections(num_heads, heads, least_last):
         for m_block in reversed(range(num_m_blocks)):
             yield from (m_block for _ in section)
 
 
-def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int]) -> float:
-    """Share of a causal launch's time in which its multiprocessors work, each taking the next tile when it is free.
+def head_by_head(num_m_blocks: int, num_heads: int) -> Iterator[int]:
+    """Query blocks in the order of full launches."""
+    return (m_block for _ in range(num_heads) for m_block in range(num_m_blocks))
+
+
+def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int], mask: MaskSpec = CAUSAL) -> float:
+    """Share of a launch's time in which its multiprocessors work, each taking the next tile when it is free.
 
     m_blocks: the query block of each tile, in the order in which they are handed out.
     """
-    config = causal_plan(head_dim, seqlen).config
+    config = planned(head_dim, seqlen, mask).config
     free_at, work = [0.0] * NUM_SMS, 0.0
     for m_block in m_blocks:
-        keys = min(seqlen, (m_block + 1) * config.block_m)
-        cost = TILE_OVERHEAD - (-keys // config.block_n)
+        blocks = block_range(mask, m_block, config.block_m, config.block_n, seqlen, seqlen)
+        cost = TILE_OVERHEAD + blocks.end - blocks.begin
         heapq.heapreplace(free_at, free_at[0] + cost)
         work += cost
     return work / NUM_SMS / max(free_at)
@@ -127,15 +135,32 @@ def print_pairs() -> None:
     print(
         "mask, tile, S: pairs computed for each visible one; blocks chosen for a tile, for a warpgroup, and with halves"
     )
-    causal, window = MaskSpec(Mask.CAUSAL, UNLIMITED, 0), MaskSpec(Mask.LOCAL, 1024, 0)
+    window = MaskSpec(Mask.LOCAL, 1024, 0)
     cases = [(MaskSpec(Mask.FULL), 192, 128, 512)]
-    cases += [(causal, *tile, s) for tile in ((192, 128), (128, 128), (128, 80)) for s in (512, 1024, 2048, 8192)]
+    cases += [(CAUSAL, *tile, s) for tile in ((192, 128), (128, 128), (128, 80)) for s in (512, 1024, 2048, 8192)]
     cases += [(window, *tile, 16384) for tile in ((128, 128), (128, 64))]
     for mask, block_m, block_n, seqlen in cases:
-        config = dataclasses.replace(causal_plan(64, seqlen).config, block_m=block_m, block_n=block_n)
+        config = dataclasses.replace(planned(64, seqlen).config, block_m=block_m, block_n=block_n)
         choices = (block_m, False), (WARPGROUP_ROWS, False), (WARPGROUP_ROWS, True)
         shares = "; ".join(f"{pairs_computed(config, seqlen, mask, *choice):.3f}" for choice in choices)
         print(f"{mask.mask.slug}, {block_m} x {block_n}, {seqlen}: {shares}")
+
+
+def print_balance() -> None:
+    print("head dim, S: occupancy with the planner's sections but for the last one's size; with 5 heads each; with all")
+    for head_dim in (64, 128, 256):
+        for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+            plan, tiles = planned(head_dim, seqlen), num_tiles(head_dim, seqlen)
+            choices = (plan.heads_per_section, 0), (5, 0), (plan.heads_per_section, plan.least_heads_in_last_section)
+            shares = "; ".join(f"{occupancy(head_dim, seqlen, in_sections(*tiles, *c)):.3f}" for c in choices)
+            print(f"{head_dim}, {seqlen}: {shares}")
+    print("head dim, S, window: the same head by head, from the first query block on; with the planner's sections")
+    for head_dim, window in itertools.product((64, 128, 256), (1024, 4096, 8192)):
+        mask = MaskSpec(Mask.LOCAL, window, 0)
+        plan, tiles = planned(head_dim, 16384, mask), num_tiles(head_dim, 16384, mask)
+        orders = head_by_head(*tiles), in_sections(*tiles, plan.heads_per_section, plan.least_heads_in_last_section)
+        shares = "; ".join(f"{occupancy(head_dim, 16384, order, mask):.3f}" for order in orders)
+        print(f"{head_dim}, 16384, {window}: {shares}")
 
 
 def main(arguments: list[str]) -> None:
@@ -150,14 +175,7 @@ def main(arguments: list[str]) -> None:
             scale, distance = accumulate(2**22, keys_per_level)
             print(f"2^22 keys, {keys_per_level} a level: scale {scale:.4f}, cosine distance {distance:.1e}")
         return
-    print("head dim, S: occupancy with the planner's sections but for the last one's size; with 5 heads each; with all")
-    for head_dim in (64, 128, 256):
-        for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-            plan = causal_plan(head_dim, seqlen)
-            choices = (plan.heads_per_section, 0), (5, 0), (plan.heads_per_section, plan.least_heads_in_last_section)
-            orders = (causal_order(*num_tiles(head_dim, seqlen), *choice) for choice in choices)
-            shares = "; ".join(f"{occupancy(head_dim, seqlen, order):.3f}" for order in orders)
-            print(f"{head_dim}, {seqlen}: {shares}")
+    print_balance()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import math
 
-from .config import HEAD_DIM_TILES, PROMOTION_KEYS, WARPGROUP_ROWS, ForwardConfig, SeqLayout
+from .block_range import block_range
+from .config import HEAD_DIM_TILES, PROMOTION_KEYS, WARPGROUP_ROWS, ForwardConfig, Mask, SeqLayout
 from .problem import MAX_SEQLEN, ForwardProblem, Packing
-from .tile_table import HEAD_DIM_PAIRS, TileChoice, TileKey, forward_tiles
+from .tile_table import HEAD_DIM_PAIRS, ForwardTile, TileChoice, TileKey, forward_tiles
 
 #: Widest value tile; wider values (up to 512) run as several column passes.
 MAX_VALUE_TILE = 256
@@ -18,6 +19,10 @@ MAX_TILES = 2**31 - 2**16
 MAX_PACKED_HEADS_LOG2 = WARPGROUP_ROWS.bit_length() - 1
 #: Heads are packed where their tiles are filled less than this share of what packed ones are.
 LEAST_FILLED_UNPACKED = 0.9
+#: Of a head's tiles at most so many are looked at for how much they differ.
+MAX_TILES_LOOKED_AT = 256
+#: Tiles differ little if their mean is more than this share of the longest.
+MEAN_OF_EQUAL_TILES = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +73,27 @@ def tile_key(problem: ForwardProblem) -> TileKey:
 
 def forward_config(problem: ForwardProblem) -> ForwardConfig:
     """The kernel for a problem."""
-    return _config(problem, _choice(problem))
+    return _config(problem, _choice(problem).tile)
 
 
 def forward_configs(problem: ForwardProblem) -> list[ForwardConfig]:
-    """The kernels for problems that differ from this one in the length of the query sequences alone."""
+    """The kernels for problems that differ from this one in the number and length of the query sequences alone."""
     lengths = forward_tiles().lengths(tile_key(problem))
-    return list(dict.fromkeys(forward_config(dataclasses.replace(problem, max_seqlen_q=length)) for length in lengths))
+    choices = [forward_tiles().choice(tile_key(problem), length) for length in lengths]
+    tiles = [*(choice.tile for choice in choices), *(choice.tile.of_one_warpgroup() for choice in choices)]
+    return [_config(problem, tile) for tile in dict.fromkeys(tiles)]
 
 
 def _choice(problem: ForwardProblem) -> TileChoice:
-    return forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
+    """The table's choice; but where tiles of one warpgroup find a multiprocessor each, such tiles: each takes about half
+    the time of one of two warpgroups. Rows' results are the same."""
+    choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
+    low = dataclasses.replace(choice, tile=choice.tile.of_one_warpgroup())
+    return low if 0 < _tiles(problem, _config(problem, low.tile)).count <= problem.num_sms else choice
 
 
-def _config(problem: ForwardProblem, choice: TileChoice) -> ForwardConfig:
-    config = tile_key(problem).config(choice.tile, problem.dtype, problem.seq_layout)
+def _config(problem: ForwardProblem, tile: ForwardTile) -> ForwardConfig:
+    config = tile_key(problem).config(tile, problem.dtype, problem.seq_layout)
     config.validate()
     return config
 
@@ -95,29 +106,45 @@ def plan_forward(problem: ForwardProblem) -> ForwardPlan:
 
 def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
     """The launch shape for a given choice; the tuner compares the choices that the table could hold."""
-    config = _config(problem, choice)
-    num_value_passes = max(1, -(-problem.head_dim_v // config.head_dim_v))
-    packed_heads_log2 = _packed_heads_log2(problem, config.block_m)
-    num_m_blocks = -(-(problem.max_seqlen_q << packed_heads_log2) // config.block_m)
-    num_heads = (problem.heads_q >> packed_heads_log2) * num_value_passes
-    num_tiles = num_m_blocks * problem.batch * num_heads
-    if num_tiles > MAX_TILES:
+    config = _config(problem, choice.tile)
+    tiles = _tiles(problem, config)
+    if tiles.count > MAX_TILES:
         raise ValueError(
-            f"the problem has {num_tiles} tiles of {config.block_m} query rows (batch={problem.batch}, "
+            f"the problem has {tiles.count} tiles of {config.block_m} query rows (batch={problem.batch}, "
             f"heads_q={problem.heads_q}, max_seqlen_q={problem.max_seqlen_q}); at most {MAX_TILES} are supported"
         )
     # Each cluster works on as many query blocks as it has CTAs, the last of which may not exist.
     size = config.cluster_size
-    num_ctas = min(max(1, problem.num_sms // size), -(-num_m_blocks // size) * problem.batch * num_heads) * size
+    num_ctas = min(max(1, problem.num_sms // size), -(-tiles.m_blocks // size) * problem.batch * tiles.heads) * size
     return ForwardPlan(
         config=config,
         num_ctas=num_ctas,
-        packed_heads_log2=packed_heads_log2,
-        num_value_passes=num_value_passes,
-        heads_per_section=_heads_per_section(problem, num_heads, choice.l2_kv_bytes),
-        least_heads_in_last_section=_balanced_heads(problem, num_m_blocks),
+        packed_heads_log2=tiles.packed_heads_log2,
+        num_value_passes=tiles.value_passes,
+        heads_per_section=_heads_per_section(problem, tiles.heads, choice.l2_kv_bytes),
+        least_heads_in_last_section=_balanced_heads(problem, tiles.m_blocks),
         promoted_floats=num_ctas * config.promoted_floats if problem.max_seqlen_k > PROMOTION_KEYS else 0,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """What a problem is cut into: `m_blocks` query blocks for each of `heads` (group of packed heads, value pass)
+    pairs of each sequence."""
+
+    packed_heads_log2: int
+    value_passes: int
+    m_blocks: int
+    heads: int
+    count: int
+
+
+def _tiles(problem: ForwardProblem, config: ForwardConfig) -> _Tiles:
+    packed_heads_log2 = _packed_heads_log2(problem, config.block_m)
+    value_passes = max(1, -(-problem.head_dim_v // config.head_dim_v))
+    m_blocks = -(-(problem.max_seqlen_q << packed_heads_log2) // config.block_m)
+    heads = (problem.heads_q >> packed_heads_log2) * value_passes
+    return _Tiles(packed_heads_log2, value_passes, m_blocks, heads, m_blocks * problem.batch * heads)
 
 
 def _packed_heads_log2(problem: ForwardProblem, block_m: int) -> int:
@@ -157,14 +184,20 @@ def _heads_per_section(problem: ForwardProblem, num_heads: int, l2_kv_bytes: int
 def _balanced_heads(problem: ForwardProblem, num_m_blocks: int) -> int:
     """Heads whose tiles take all multiprocessors together half as long again as one of them the longest tile.
 
-    With fewer, a section that begins with its longest tiles ends with them alone.
-
-    Under a causal mask a tile takes as long as it sees keys: the last one all of them, and each tile before it fewer by
-    a tile's positions.
+    With fewer, a section that begins with its longest tiles ends with them alone. A tile takes as long as it sees keys.
+    Where tiles differ little there is nothing to put last.
     """
-    if num_m_blocks == 0 or problem.max_seqlen_k == 0:
+    if problem.mask.mask is Mask.FULL or num_m_blocks == 0 or problem.max_seqlen_k == 0:
         return 1
-    longest, positions = problem.max_seqlen_k, -(-problem.max_seqlen_q // num_m_blocks)
-    seeing = min(num_m_blocks, -(-longest // positions))  # tiles that see a key
-    of_one_head = seeing * (longest + max(1, longest - (seeing - 1) * positions)) / 2
-    return math.ceil(1.5 * problem.num_sms * longest / of_one_head)
+    rows = -(-problem.max_seqlen_q // num_m_blocks)  # positions of a tile
+
+    def keys(m_block: int) -> int:
+        tile = block_range(problem.mask, m_block, rows, 1, problem.max_seqlen_q, problem.max_seqlen_k)
+        return max(1, tile.end - tile.begin)
+
+    num_tiles = -(-problem.max_seqlen_q // rows)
+    looked_at = [keys(m_block) for m_block in range(num_tiles - 1, -1, -num_tiles // MAX_TILES_LOOKED_AT)]
+    longest, mean = max(looked_at), sum(looked_at) / len(looked_at)
+    if mean > MEAN_OF_EQUAL_TILES * longest:
+        return 1
+    return math.ceil(1.5 * problem.num_sms * longest / (num_m_blocks * mean))

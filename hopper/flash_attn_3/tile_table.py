@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Schedule, Score, SeqLayout
+from .config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Schedule, Score, SeqLayout
 from .plain_data import field_types, from_plain, parse, to_plain
 
 #: The file that the planner reads.
@@ -46,6 +46,10 @@ class ForwardTile:
     def of(cls, config: ForwardConfig) -> ForwardTile:
         """The tunable part of a configuration."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    def of_one_warpgroup(self) -> ForwardTile:
+        """The tile with as few rows as there can be, for launches of so few tiles that multiprocessors would idle."""
+        return dataclasses.replace(self, block_m=WARPGROUP_ROWS, schedule=Schedule.INTRA_WARPGROUP, cluster_size=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import host_headers
+from flash_attn_3.block_range import BlockRange, block_range, key_rows, query_block_range, row_keys
 from flash_attn_3.config import Mask
-from flash_attn_3.cpu.block_range import BlockRange, block_range, key_rows, query_block_range, row_keys
 from flash_attn_3.problem import UNLIMITED, MaskSpec, normalize_mask
 
 #: Tiles for which tests/block_range_shim.cc instantiates the header; small ones, so that short sequences have many

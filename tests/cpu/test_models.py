@@ -45,7 +45,7 @@ def test_pairs_computed_are_those_of_the_visited_blocks(mask):
     """By brute force over blocks, for a tile of three warpgroups and a last one without a row."""
     seqlen, block_n = 320, 48
     visible = [[mask.mask is Mask.FULL or key <= row for key in range(seqlen)] for row in range(seqlen)]
-    config = dataclasses.replace(models.causal_plan(64, 512).config, block_m=192, block_n=block_n)
+    config = dataclasses.replace(models.planned(64, 512).config, block_m=192, block_n=block_n)
     for rows, halves in ((64, False), (192, False), (64, True)):
         computed = 0
         for begin in range(0, 384, rows):
@@ -57,6 +57,18 @@ def test_pairs_computed_are_those_of_the_visited_blocks(mask):
         assert models.pairs_computed(config, seqlen, mask, rows, halves) == computed / sum(map(sum, visible))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [1024, 8192])
+def test_windows_end_no_less_evenly_in_sections(head_dim, window):
+    """Wide ones much more: there the last tiles of a head are the longest."""
+    mask = MaskSpec(Mask.LOCAL, window, 0)
+    plan, tiles = models.planned(head_dim, 16384, mask), models.num_tiles(head_dim, 16384, mask)
+    order = models.in_sections(*tiles, plan.heads_per_section, plan.least_heads_in_last_section)
+    found = models.occupancy(head_dim, 16384, order, mask)
+    assert found >= models.occupancy(head_dim, 16384, models.head_by_head(*tiles), mask) - 1e-9
+    assert found >= 0.97 or window == 1024
+
+
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))
 def test_sections_share_out_all_heads(num_heads, heads, least_last):
     found = models.sections(num_heads, heads, least_last)
@@ -66,17 +78,17 @@ def test_sections_share_out_all_heads(num_heads, heads, least_last):
 
 
 def test_a_larger_last_section_ends_a_launch_more_evenly():
-    plan, tiles = models.causal_plan(256, 8192), models.num_tiles(256, 8192)
-    smaller = models.occupancy(256, 8192, models.causal_order(*tiles, plan.heads_per_section, 0))
+    plan, tiles = models.planned(256, 8192), models.num_tiles(256, 8192)
+    smaller = models.occupancy(256, 8192, models.in_sections(*tiles, plan.heads_per_section, 0))
     chosen = (plan.heads_per_section, plan.least_heads_in_last_section)
-    assert smaller < models.occupancy(256, 8192, models.causal_order(*tiles, *chosen)) <= 1.0
+    assert smaller < models.occupancy(256, 8192, models.in_sections(*tiles, *chosen)) <= 1.0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
 def test_causal_launches_keep_all_multiprocessors_busy(head_dim, seqlen):
     """The planner's sections in the order of the kernels' own header."""
-    plan = models.causal_plan(head_dim, seqlen)
+    plan = models.planned(head_dim, seqlen)
     num_m_blocks, num_heads = models.num_tiles(head_dim, seqlen)
     position = TilePosition()
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
+from flash_attn_3.config import Dtype, Mask, Schedule, Score, SeqLayout
 from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_choice, plan_forward, tile_key
 from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, Packing, normalize_mask
 from flash_attn_3.tile_table import forward_tiles
@@ -140,6 +140,7 @@ def test_launch_shape(problem):
 @given(problems())
 def test_clusters_are_whole(problem):
     """Each works on two query blocks, the last of which may not exist."""
+    assume(problem.head_dim > 64)
     problem = dataclasses.replace(problem, mask=MaskSpec(Mask.FULL), num_sms=max(2, problem.num_sms))
     choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
     tile = dataclasses.replace(choice.tile, cluster_size=2, block_n=64)
@@ -157,8 +158,10 @@ def test_plan_depends_on_the_problem_alone(problem, num_sms):
     plan_forward.cache_clear()
     plan_forward(dataclasses.replace(problem, num_sms=num_sms))
     assert plan_forward(problem) == first
-    assert forward_config(dataclasses.replace(problem, num_sms=num_sms)) == first.config, (
-        "results must not depend on the number of multiprocessors"
+    other = forward_config(dataclasses.replace(problem, num_sms=num_sms))
+    rows_alone = {"block_m": 64, "schedule": Schedule.INTRA_WARPGROUP, "cluster_size": 1}
+    assert dataclasses.replace(other, **rows_alone) == dataclasses.replace(first.config, **rows_alone), (
+        "rows' results must not depend on the number of multiprocessors"
     )
 
 
@@ -188,12 +191,24 @@ def test_packed_heads_share_a_key_head(problem):
 )
 def test_packing(seqlen_q, group, packing, packed):
     problem = ForwardProblem(
-        *(Dtype.BF16, 2, seqlen_q, 8192, 2 * group, 2, 128, 128),
+        *(Dtype.BF16, 100, seqlen_q, 8192, 2 * group, 2, 128, 128),
         *(MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, 132, packing),
     )
     plan = plan_forward(problem)
     assert 2**plan.packed_heads_log2 == packed
-    assert plan.num_ctas == min(132, 2 * 2 * group // packed * math.ceil(seqlen_q * packed / plan.config.block_m))
+    assert plan.num_ctas == min(132, 100 * 2 * group // packed * math.ceil(seqlen_q * packed / plan.config.block_m))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize(("seqlen_q", "rows"), [(512, 64), (513, None), (64, 64), (0, None)])
+def test_tiles_of_one_warpgroup_where_all_find_a_multiprocessor(head_dim, seqlen_q, rows):
+    problem = ForwardProblem(
+        *(Dtype.BF16, 1, seqlen_q, 512, 16, 16, head_dim, head_dim),
+        *(MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, 132),
+    )
+    plan = plan_forward(problem)
+    assert plan.config.block_m == (rows or forward_tiles().choice(tile_key(problem), seqlen_q).tile.block_m)
+    assert plan.num_ctas == -(-seqlen_q // plan.config.block_m) * 16
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -128,7 +128,7 @@ def in_order(
     mask: Mask, num_m_blocks: int, num_heads: int, heads_per_section: int, least_last: int
 ) -> list[tuple[int, int]]:
     """(m_block, head) pairs."""
-    if mask is not Mask.CAUSAL:
+    if mask is Mask.FULL:
         return [(m_block, head) for head in range(num_heads) for m_block in range(num_m_blocks)]
     return [
         (m_block, head)
@@ -200,12 +200,15 @@ def test_positions_are_a_bijection(mask, num_m_blocks, num_heads, heads_per_sect
 
 
 @settings(max_examples=500)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(0, 14))
-def test_causal_sections_hold_whole_heads_and_start_with_the_longest_tiles(
-    num_m_blocks, num_heads, heads_per_section, least_last
+@given(
+    *(st.sampled_from([Mask.CAUSAL, Mask.LOCAL]), st.integers(1, 12), st.integers(1, 12)),
+    *(st.integers(1, 14), st.integers(0, 14)),
+)
+def test_sections_hold_whole_heads_and_start_with_the_longest_tiles(
+    mask, num_m_blocks, num_heads, heads_per_section, least_last
 ):
     arguments = num_m_blocks, num_heads, heads_per_section, least_last
-    positions = [tile_position(Mask.CAUSAL, i, *arguments) for i in range(num_m_blocks * num_heads)]
+    positions = [tile_position(mask, i, *arguments) for i in range(num_m_blocks * num_heads)]
     bounds = section_bounds(num_heads, heads_per_section, least_last)
     assert bounds[-1] - bounds[-2] >= min(least_last, num_heads)
     for heads in itertools.starmap(range, itertools.pairwise(bounds)):
@@ -234,7 +237,7 @@ def test_large_positions_lead_back_to_their_index(mask, arguments):
     m_block, head = tile_position(mask, *arguments)
     assert 0 <= m_block < num_m_blocks
     assert 0 <= head < num_heads
-    if mask is Mask.CAUSAL:
+    if mask is not Mask.FULL:
         last = max(0, num_heads - max(1, least_last)) // heads_per_section * heads_per_section
         first = min(last, head - head % heads_per_section)
         heads = num_heads - first if first == last else heads_per_section

@@ -85,11 +85,12 @@ def test_lengths_hold_one_of_each_class(table, data):
 
 @given(tables(), st.data())
 def test_the_planner_takes_the_class_of_the_longest_query(table, data):
+    """Where there are more tiles than multiprocessors."""
     key = data.draw(st.sampled_from(list(table.choices)))
     seqlen = data.draw(st.sampled_from(table.lengths(key)) | st.integers(0, MAX_SEQLEN))
     problem = ForwardProblem(
-        Dtype.BF16, 2, seqlen, 4096, 4, 2, key.head_dim, key.head_dim_v, MaskSpec(key.mask), key.score,
-        SeqLayout.DENSE, 132,
+        Dtype.BF16, 2, seqlen, 4096, 4, 4, key.head_dim, key.head_dim_v, MaskSpec(key.mask), key.score,
+        SeqLayout.DENSE, 4,
     )  # fmt: skip
     choice = table.choice(key, seqlen)
     with pytest.MonkeyPatch.context() as patch:

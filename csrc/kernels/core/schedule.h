@@ -18,12 +18,12 @@ struct Sections {
   int least_last;
 };
 
-// Full and local tiles cost the same: neighbours share keys, so query blocks vary fastest. Causal tiles grow with
-// their query block: the longest come first, over a section of heads whose keys and values stay in the L2 cache. The
-// last section is large enough that the launch ends with short tiles.
+// Full tiles cost the same: neighbours share keys, so query blocks vary fastest. Causal tiles grow with their query
+// block, and local ones until their window is full: the longest come first, over a section of heads whose keys and
+// values stay in the L2 cache. The last section is large enough that the launch ends with short tiles.
 template <Mask kMask>
 FA_HOST_DEVICE TilePosition tile_position(int index, int num_m_blocks, int num_heads, Sections sections) {
-  if constexpr (kMask != Mask::kCausal) return {index % num_m_blocks, index / num_m_blocks};
+  if constexpr (kMask == Mask::kFull) return {index % num_m_blocks, index / num_m_blocks};
   const int last_section = max_of(0, num_heads - max_of(1, sections.least_last)) / sections.heads;
   const int section = min_of(last_section, index / (sections.heads * num_m_blocks));
   const int first_head = section * sections.heads;

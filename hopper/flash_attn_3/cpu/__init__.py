@@ -1,5 +1,5 @@
 """A tile-level model of the kernels in PyTorch: the executable specification, and slow.
 
-`block_range` and `mask` are the index arithmetic of ``csrc/kernels/core``, `softmax` its online softmax, `forward` the
-schedule of one forward kernel, `row_statistics` and `backward` those of the backward kernels.
+`mask` applies the index arithmetic of ``csrc/kernels/core``, `softmax` is its online softmax, `forward` the schedule of
+one forward kernel, `row_statistics` and `backward` those of the backward kernels.
 """

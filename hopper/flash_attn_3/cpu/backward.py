@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 
 from ..backward_plan import BackwardPlan, BackwardProblem, padded_offset
+from ..block_range import query_block_range
 from ..config import Score, SeqLayout
 from ..problem import MaskSpec, ScoreScales
-from .block_range import query_block_range
 from .mask import visible_pairs
 from .row_statistics import row_statistics
 from .sequences import sequence_rows, used_lengths

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from ..block_range import block_range
 from ..config import Score, SeqLayout
 from ..heuristics import ForwardPlan
 from ..problem import ForwardProblem, MaskSpec, ScoreScales
-from .block_range import block_range
 from .mask import visible_pairs
 from .sequences import sequence_rows, used_lengths
 from .softmax import NEG_INF, OnlineSoftmax

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..block_range import row_keys
 from ..problem import MaskSpec
-from .block_range import row_keys
 
 
 def visible_pairs(mask: MaskSpec, rows: range, keys: range, len_q: int, len_k: int) -> torch.Tensor:

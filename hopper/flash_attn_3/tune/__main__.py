@@ -90,7 +90,9 @@ def _add_axes(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--l2-mb", type=float, nargs="*", default=[2, 4, 8, 16, 32], metavar="MB", help="causal only")
+    group.add_argument(
+        "--l2-mb", type=float, nargs="*", default=[2, 4, 8, 16, 32], metavar="MB", help="not for full masks"
+    )
     _add_counts(group, "--finalists", 3, "tiles measured again, with every L2 budget")
     _add_counts(group, "--warm-up", 1, "launches before the first turn")
     _add_counts(group, "--heat-turns", [2, 4], "turns in each round of a heat")

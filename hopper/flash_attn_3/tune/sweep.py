@@ -35,7 +35,7 @@ class Effort:
         lengths: sequence lengths of the shapes.
         classes: which of them share a choice.
         finalists: tiles of a class that are measured again, with every budget.
-        l2_budgets: bytes of keys and values, tried under a causal mask beside the present budget.
+        l2_budgets: bytes of keys and values, tried under a mask beside the present budget.
         warm_up: launches of each variant before it is timed.
         heat_turns: turns of each round of a heat.
         rounds, turns: rounds of a final, and turns in each.
@@ -174,7 +174,7 @@ class KeySweep:
         return results
 
     def _budgets(self, stage: str, present: TileChoice) -> tuple[int, ...]:
-        is_swept = stage == "final" and self.result.key.mask is Mask.CAUSAL
+        is_swept = stage == "final" and self.result.key.mask is not Mask.FULL
         return tuple(dict.fromkeys([present.l2_kv_bytes, *(self._effort.l2_budgets if is_swept else ())]))
 
     def _measure_shape(

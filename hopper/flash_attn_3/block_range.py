@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..problem import MaskSpec
+from .problem import MaskSpec
 
 
 @dataclasses.dataclass(frozen=True)
