@@ -85,8 +85,8 @@ def forward_configs(problem: ForwardProblem) -> list[ForwardConfig]:
 
 
 def _choice(problem: ForwardProblem) -> TileChoice:
-    """The table's choice; but where tiles of one warpgroup find a multiprocessor each, such tiles: each takes about half
-    the time of one of two warpgroups. Rows' results are the same."""
+    """The table's choice; or tiles of one warpgroup, where all of them find a multiprocessor: each takes about half the
+    time of one of two warpgroups. Rows' results are the same."""
     choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
     low = dataclasses.replace(choice, tile=choice.tile.of_one_warpgroup())
     return low if 0 < _tiles(problem, _config(problem, low.tile)).count <= problem.num_sms else choice
