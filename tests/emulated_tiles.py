@@ -23,8 +23,12 @@ def run_tile(
     changes: Mapping[str, Any],
     seeds: Iterable[int],
     defect: SourceChange | None = None,
-) -> None:
-    """Make the call and check its results, once for each seed; ``changes`` stand in the place of the table's fields."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the call and check its results, once for each seed; ``changes`` stand in the place of the table's fields.
+
+    Returns:
+        out and lse of the last seed.
+    """
     problem = dataclasses.replace(case.problem(), num_sms=emulator.num_sms)
     tile = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q).tile
     plan = plan_choice(problem, TileChoice(None, dataclasses.replace(tile, **changes), 2**20))
@@ -37,3 +41,4 @@ def run_tile(
         index_tensors = tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
         launch(tensors.q, tensors.k, tensors.v, out, lse, *index_tensors, None)
         check(case, tensors, out, lse)
+    return out, lse

@@ -41,6 +41,25 @@ def machine(tmp_path_factory):
     machine.close()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, **DENSE, causal=True),  # 192 rows otherwise
+        Case(128, **DENSE, window_size=(100, 20)),
+        Case(256, **VARLEN, causal=True),
+    ],
+    ids=str,
+)
+def test_rows_do_not_depend_on_the_height_of_their_tile(machine, case):
+    """So that the number of multiprocessors, which decides on the height of few tiles, decides on no result."""
+    tensors = make_tensors(case, "cpu")
+    out, lse = machine(run_tile, case, tensors, {}, [0])
+    low = {"block_m": 64, "schedule": Schedule.INTRA_WARPGROUP}
+    found, found_lse = machine(run_tile, case, tensors, low, range(3))
+    assert torch.equal(found.nan_to_num(), out.nan_to_num())
+    assert torch.equal(found_lse.nan_to_num(), lse.nan_to_num())
+
+
 @pytest.mark.parametrize(("case", "changes"), TILES, ids=str)
 def test_tile(machine, case, changes):
     machine(run_tile, case, make_tensors(case, "cpu"), changes, range(9))
