@@ -29,6 +29,8 @@ from .signature import (
 
 #: Launches that are remembered; the oldest goes first. A batch of sequences of new lengths needs a new one.
 MAX_LAUNCHES = 4096
+#: Bytes that TMA takes addresses and strides in multiples of.
+_TMA_ALIGNMENT = 16
 
 _launches: dict[tuple, ForwardLaunch] = {}
 _backward_launches: dict[tuple, BackwardLaunch] = {}
@@ -66,8 +68,8 @@ def forward(
             options,
         )
         launch = _launches.get(key)
-    except (AttributeError, TypeError):
-        # No tensor, or an option that cannot be hashed: preparing a launch tells which.
+    except (AttributeError, TypeError, RuntimeError):
+        # No tensor, one without a shape, or an option that cannot be hashed: preparing a launch tells which.
         key = launch = None
     if launch is None:
         launch = _prepare(key, forward_signature(q, k, v, extras, options, out))
@@ -79,7 +81,7 @@ def forward(
             out = launch.new_out()
         promoted_out = None if launch.new_promoted_out is None else launch.new_promoted_out()
         launch.run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         # A rule that is broken is told in the rule's words, whoever noticed.
         validation.check_forward(forward_signature(q, k, v, extras, options, out))
         raise
@@ -128,7 +130,7 @@ def backward(
             options,
         )
         launch = _backward_launches.get(key)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
         key = launch = None
     if launch is None:
         launch = prepare_backward(backward_signature(*arguments))
@@ -143,12 +145,14 @@ def backward(
                 new_dk() if wanted[1] else None,
                 new_dv() if wanted[2] else None,
             )
-        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-        out, dout = maybe_contiguous(out), maybe_contiguous(dout)
+        if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+            q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+        # Autograd hands over gradients of any layout, views of what came after attention.
+        out, dout = readable_by_tma(out), readable_by_tma(dout)
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         dq, dk, dv = gradients
         launch.run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         check_backward(backward_signature(*arguments))
         raise
     return gradients, statistics
@@ -180,6 +184,27 @@ def _tensor_key(
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x``, copied if its last dimension is not contiguous; the other strides are free."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+
+
+def readable_by_tma(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied where TMA cannot read it: it needs contiguous rows, and steps and an address of whole 16 bytes.
+
+    Rows of a valid call, whose head dims are multiples of 8, have whole 16 bytes, so where ``x`` is contiguous only its
+    address is left to look at.
+    """
+    if x.data_ptr() % _TMA_ALIGNMENT == 0 and (x.is_contiguous() or _has_aligned_strides(x)):
+        return x
+    # Not `contiguous`, which gives a misaligned tensor back.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _has_aligned_strides(x: torch.Tensor) -> bool:
+    *strides, last = x.stride()
+    elements = _TMA_ALIGNMENT // x.element_size()
+    # The stride of a dimension of size 1 is never stepped over.
+    return last == 1 and all(
+        stride % elements == 0 or size == 1 for stride, size in zip(strides, x.shape[:-1], strict=True)
+    )
 
 
 def _prepare(key: tuple, call: ForwardSignature) -> ForwardLaunch:

@@ -17,6 +17,10 @@ from flash_attn_3.config import Mask, Score, SeqLayout
 from flash_attn_3.errors import UnsupportedDeviceError
 from flash_attn_3.signature import BackwardSignature, ForwardOptions
 from flash_attn_interface import flash_attn_func
+from tensor_maps import Geometry
+
+# `dispatch.backward` looks at addresses; fake tensors have none but 0.
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 DEVICE = torch.device("cuda", 1)
 BF16, FP16, INT32 = torch.bfloat16, torch.float16, torch.int32
@@ -295,6 +299,63 @@ def test_rows_are_made_contiguous(monkeypatch):
     assert launched["dout"].stride(-1) == 1
     assert launched["lse"].is_contiguous() and launched["dlse"].is_contiguous()
     assert launched["k"] is tensors["k"]
+
+
+#: Tensors of the shape of out that TMA cannot read.
+UNREADABLE = {
+    "address": lambda: torch.randn(1 + 2 * 300 * 4 * 64).bfloat16()[1:].view(2, 300, 4, 64),
+    "address_of_whole_words": lambda: torch.randn(4 + 2 * 300 * 4 * 64).bfloat16()[4:].view(2, 300, 4, 64),
+    "stride_of_heads": lambda: torch.randn(2, 300, 4, 65).bfloat16()[..., :64],
+    "stride_of_rows": lambda: torch.randn(2, 300, 4 * 64 + 4).bfloat16()[..., :256].unflatten(-1, (4, 64)),
+    "stride_of_sequences": lambda: torch.randn(2, 300 * 256 + 1).bfloat16()[:, :-1].view(2, 300, 4, 64),
+    "last_stride": lambda: torch.randn(2, 300, 4, 128).bfloat16()[..., ::2],
+    "expanded_row": lambda: torch.randn(2, 300, 4, 1).bfloat16().expand(2, 300, 4, 64),
+}
+READABLE = {
+    "contiguous": lambda: torch.randn(2, 300, 4, 64).bfloat16(),
+    "permuted": lambda: torch.randn(4, 2, 300, 64).bfloat16().permute(1, 2, 0, 3),
+    "wider_rows": lambda: torch.randn(2, 300, 4, 72).bfloat16()[..., 8:],
+    "expanded_batch": lambda: torch.randn(1, 300, 4, 64).bfloat16().expand(2, 300, 4, 64),
+    "one_sequence": lambda: torch.randn(300, 4, 72).bfloat16().as_strided((1, 300, 4, 64), (7, 288, 72, 1)),
+}
+
+
+@pytest.fixture
+def launched_on_the_cpu(monkeypatch) -> list[dict[str, Any]]:
+    kernels = FakeKernels()
+    monkeypatch.setattr(backward_launch, "_cpu_backward", kernels)
+    return kernels.launches
+
+
+@pytest.mark.parametrize("name", ["dout", "out"])
+@pytest.mark.parametrize("guise", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_tma_cannot_read_is_copied(guise, name, launched_on_the_cpu):
+    """L1, L2: autograd hands over such gradients, and a caller has no hand in them."""
+    given = guise()
+    with pytest.raises(ValueError, match=r"stride|address"):
+        Geometry(given)
+    dispatch.backward(**call(device="cpu") | {name: given})
+    (launched,) = launched_on_the_cpu
+    Geometry(launched[name])
+    assert torch.equal(launched[name], given)
+
+
+@pytest.mark.parametrize("guise", READABLE.values(), ids=READABLE)
+def test_what_tma_can_read_is_not_copied(guise, launched_on_the_cpu):
+    given = guise()
+    Geometry(given)
+    dispatch.backward(**call(device="cpu", batch=given.shape[0]) | {"dout": given, "out": given})
+    (launched,) = launched_on_the_cpu
+    assert launched["dout"] is launched["out"] is given
+
+
+def test_a_gate_beside_the_output(launched_on_the_cpu):
+    """L1: out concatenated with a gate of one column; its gradient is a view whose heads are 65 elements apart."""
+    q, k, v = (x.requires_grad_() for x in random_qkv((20, 30), heads=(2, 2), batch=2))
+    out = flash_attn_func(q, k, v)
+    torch.cat([out, out.new_ones(2, 20, 2, 1)], dim=-1).square().sum().backward()
+    (launched,) = launched_on_the_cpu
+    assert launched["dout"].is_contiguous() and torch.equal(launched["dout"], 2 * out)
 
 
 def test_gpu_that_is_not_hopper(kernels, monkeypatch):

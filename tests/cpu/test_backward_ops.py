@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_calls import BACKENDS
 from cpu_calls import random_qkv
+from flash_attn_3 import backward_launch
 from flash_attn_3.backward_plan import backward_tile
 from flash_attn_3.config import Score
 from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
@@ -194,6 +195,29 @@ def test_log_sum_exp_of_plus_infinity_where_there_is_no_key():
     found = unwritten(arguments)
     NAMESPACE.bwd(**arguments, softmax_lse=torch.full((1, 2, 40), torch.inf), **found)
     assert (found["dq"] == 0).all()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_inputs_that_tma_cannot_read(operator, monkeypatch):
+    """L1: dout and out whose heads are 129 elements apart, as they are beside a column of something else."""
+    launched = []
+    run = backward_launch._cpu_backward
+    monkeypatch.setattr(
+        backward_launch,
+        "_cpu_backward",
+        lambda *call: lambda *tensors: (launched.append(tensors), run(*call)(*tensors)),
+    )
+    arguments = call()
+    expected = expected_of(arguments)
+    launched.clear()
+    for name in ("dout", "out"):
+        wider = torch.cat([arguments[name], torch.ones(2, 100, 4, 1).bfloat16()], dim=-1)
+        arguments[name] = wider[..., :128]
+    found = unwritten(arguments)
+    operator(**arguments, **found)
+    assert_equal(found, expected)
+    ((dout, _, _, _, out, *_),) = launched
+    assert dout.is_contiguous() and out.is_contiguous()
 
 
 def test_strided_inputs():
