@@ -16,7 +16,7 @@ from .arguments import window_sides
 from .backward_plan import backward_tile
 from .backward_validation import check_backward_tensors
 from .config import Score
-from .operators import LIBRARY, Arguments
+from .operators import LIBRARY, Arguments, no_accumulators
 from .signature import (
     NUM_INDEX_TENSORS,
     BackwardSignature,
@@ -121,17 +121,13 @@ def _bwd(*args, **kwargs):
     validation.check_last_strides(**{name: call[name] for name in names})
     _, (softmax_d, lse_log2) = dispatch.backward(*_for_dispatch(call), gradients=_gradients_of(call))
     # Results of an operator may not share memory.
-    return softmax_d, lse_log2.clone(), *_no_accumulators(call["q"])
+    return softmax_d, lse_log2.clone(), *no_accumulators(call["q"], 3)
 
 
 def _bwd_fake(*args, **kwargs):
     call = _BWD_ARGUMENTS.bind(args, kwargs)
     signature = _fake_signature(call, _gradients_of(call))
-    return *(_new_statistic(signature, call["q"]) for _ in range(2)), *_no_accumulators(call["q"])
-
-
-def _no_accumulators(q: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.empty(0, dtype=torch.float32, device=q.device) for _ in range(3)]
+    return *(_new_statistic(signature, call["q"]) for _ in range(2)), *no_accumulators(call["q"], 3)
 
 
 def _flash_attn_backward_kernel(*args, **kwargs):

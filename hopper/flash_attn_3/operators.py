@@ -9,6 +9,11 @@ import torch
 LIBRARY = torch.library.Library("flash_attn_3", "DEF")
 
 
+def no_accumulators(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Empty tensors beside ``tensor``, in the place of scratch that some operators of FlashAttention-3 return."""
+    return [torch.empty(0, dtype=torch.float32, device=tensor.device) for _ in range(count)]
+
+
 class Arguments:
     """The names and defaults that an operator gives its arguments."""
 

@@ -18,7 +18,7 @@ import torch
 from . import dispatch, validation
 from .arguments import invalid, reject_unavailable, window_sides
 from .backward_ops import call_gradients
-from .operators import LIBRARY, Arguments
+from .operators import LIBRARY, Arguments, no_accumulators
 from .signature import NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, forward_signature, plain_options
 
 _FWD_SCHEMA = """fwd(
@@ -134,7 +134,7 @@ def _functional_forward(*args, **kwargs):
     *arguments, out = _FUNCTIONAL_ARGUMENTS.bind(args, kwargs)
     _check_no_out(out)
     out, lse = dispatch.forward(*arguments)
-    return out, lse, *_no_accumulators(out)
+    return out, lse, *no_accumulators(out, 2)
 
 
 def _flash_attn_forward_fake(*args, **kwargs):
@@ -143,7 +143,7 @@ def _flash_attn_forward_fake(*args, **kwargs):
     call = forward_signature(q, k, v, extras, plain_options(options))
     validation.check_tensors(call)
     out = q.new_empty(call.out_shape)
-    return out, out.new_empty(call.lse_shape, dtype=torch.float32), *_no_accumulators(out)
+    return out, out.new_empty(call.lse_shape, dtype=torch.float32), *no_accumulators(out, 2)
 
 
 def _check_no_out(out: torch.Tensor | None) -> None:
@@ -151,12 +151,6 @@ def _check_no_out(out: torch.Tensor | None) -> None:
         raise invalid(
             TypeError, "out_", "a tensor", "None: the functional operator allocates its output, fwd takes one"
         )
-
-
-def _no_accumulators(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Sizes not in a tuple, as in `launch.prepare_forward`.
-    device = out.device
-    return torch.empty(0, dtype=torch.float32, device=device), torch.empty(0, dtype=torch.float32, device=device)
 
 
 def _fwd(*args, **kwargs):
@@ -170,7 +164,7 @@ def _fwd(*args, **kwargs):
         validation.check_out(out, result)
         return out.copy_(result), *others
     out, lse = dispatch.forward(q, k, v, extras, options, out)
-    return out, lse, *_no_accumulators(out)
+    return out, lse, *no_accumulators(out, 2)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------
