@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -42,11 +43,32 @@ def plain_int(name: str, value: Any) -> int:
         raise invalid(TypeError, name, f"{value!r} of type {type(value).__name__}", "an int") from error
 
 
+def plain_bool(name: str, value: Any, allowed: str = "True or False") -> bool:
+    """A bool of anything that stands for one: 0, 1, a numpy bool.
+
+    Anything else would count as True, a text "no" too.
+    """
+    if value is True or value is False:
+        return value
+    if isinstance(value, torch.SymBool) or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    numpy = sys.modules.get("numpy")  # without it there are no numpy bools either
+    if numpy is not None and isinstance(value, numpy.bool_):
+        return bool(value)
+    raise invalid(TypeError, name, f"{value!r} of type {type(value).__name__}", allowed)
+
+
 def plain_float(name: str, value: Any) -> float:
     """A float of anything that stands for one: an int, a numpy float, a tensor of one element."""
     if isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return float(value)
     raise invalid(TypeError, name, f"{value!r} of type {type(value).__name__}", "a float")
+
+
+def check_is_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError for a sparse tensor, whose strides mean nothing."""
+    if tensor.layout is not torch.strided:
+        raise invalid(TypeError, name, f"a tensor of layout {tensor.layout}", "dense (of layout torch.strided)")
 
 
 def reject_unavailable(**arguments: object) -> None:
@@ -60,7 +82,12 @@ def split_qkv(qkv: torch.Tensor, num_heads_q: int | None) -> tuple[torch.Tensor,
     """Views of q, k and v in a packed (b, s, 3, h, d), or, with ``num_heads_q``, (b, s, h + 2 * hk, d)."""
     if not isinstance(qkv, torch.Tensor):
         raise invalid(TypeError, "qkv", f"a {type(qkv).__name__}", "a torch.Tensor")
+    if num_heads_q is not None:
+        num_heads_q = plain_int("num_heads_q", num_heads_q)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
+        if num_heads_q is not None and num_heads_q != qkv.shape[3]:
+            allowed = f"None or qkv's heads, {qkv.shape[3]}, with a 5-dimensional qkv"
+            raise invalid(ValueError, "num_heads_q", num_heads_q, allowed)
         return qkv.unbind(dim=2)
     if qkv.dim() != 4:
         allowed = "(batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads_q + 2 * heads_kv, head_dim)"

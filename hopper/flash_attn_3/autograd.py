@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
-from .arguments import split_qkv
+from .arguments import plain_bool, split_qkv
 from .backward_ops import call_gradients
 from .ops import call_functional, gradient_is_wanted, operators_are_watched
 from .signature import ALL_WANTED, NO_INDEX_TENSORS, NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, plain_options
@@ -24,6 +24,8 @@ def attend(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); the arguments are those of `dispatch.forward`, and ``deterministic`` is for the backward pass."""
+    if deterministic is not True and deterministic is not False:
+        deterministic = plain_bool("deterministic", deterministic)
     if operators_are_watched(q):
         # Brings an autograd formula of its own.
         return call_functional(q, k, v, extras, options, deterministic)[:2]
@@ -37,6 +39,7 @@ def attend_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` of the parts of one tensor, whose gradient is one tensor, too."""
     if gradient_is_wanted(qkv) and not operators_are_watched(qkv):
+        deterministic = plain_bool("deterministic", deterministic)
         return RecordedPackedAttention.apply(qkv, num_heads_q, extras, options, deterministic)
     return attend(*split_qkv(qkv, num_heads_q), extras, options, deterministic)
 
@@ -49,7 +52,7 @@ class RecordedAttention(torch.autograd.Function):
         options = plain_options(options)
         out, lse = dispatch.forward(q, k, v, extras, options)
         ctx.save_for_backward(q, k, v, out, lse, *extras[:NUM_INDEX_TENSORS])
-        ctx.options, ctx.deterministic = options, bool(deterministic)
+        ctx.options, ctx.deterministic = options, deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -68,7 +71,7 @@ class RecordedPackedAttention(torch.autograd.Function):
         options = plain_options(options)
         out, lse = dispatch.forward(*split_qkv(qkv, num_heads_q), extras, options)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.num_heads_q, ctx.options, ctx.deterministic = num_heads_q, options, bool(deterministic)
+        ctx.num_heads_q, ctx.options, ctx.deterministic = num_heads_q, options, deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 

@@ -89,12 +89,8 @@ def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
 
     def run(*tensors: torch.Tensor | None) -> None:
         named = cpu_backend.BackwardTensors(*tensors)
-        validation.check_index_strides(
-            cu_seqlens_q=named.cu_seqlens_q,
-            cu_seqlens_k=named.cu_seqlens_k,
-            seqused_q=named.seqused_q,
-            seqused_k=named.seqused_k,
-        )
+        index_tensors = (named.cu_seqlens_q, named.cu_seqlens_k, named.seqused_q, named.seqused_k)
+        validation.check_index_values(named.q, named.k, *index_tensors)
         cpu_backend.backward(plan, problem, named, *scales)
 
     return run

@@ -7,6 +7,8 @@ takes what the other two lack, a gradient of the log-sum-exp and a chunk, and co
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -130,6 +132,18 @@ def _bwd_fake(*args, **kwargs):
     return *(_new_statistic(signature, call["q"]) for _ in range(2)), *no_accumulators(call["q"], 3)
 
 
+@contextlib.contextmanager
+def _names_of_flash_attn_backward() -> Iterator[None]:
+    """Errors name arguments as this operator's callers know them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("seqused_"):
+            raise
+        raise type(error)(str(error).replace("seqused_", "sequed_", 1)) from error
+
+
+@_names_of_flash_attn_backward()
 def _flash_attn_backward_kernel(*args, **kwargs):
     """softmax_d; inputs whose rows are not contiguous are copied."""
     call = _FLASH_ATTN_BACKWARD_ARGUMENTS.bind(args, kwargs)
@@ -139,6 +153,7 @@ def _flash_attn_backward_kernel(*args, **kwargs):
     return softmax_d
 
 
+@_names_of_flash_attn_backward()
 def _flash_attn_backward_fake(*args, **kwargs):
     call = _FLASH_ATTN_BACKWARD_ARGUMENTS.bind(args, kwargs)
     return _new_statistic(_fake_signature(call, _gradients_of(call)), call["q"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import reject_unavailable
+from .arguments import plain_bool, reject_unavailable
 from .autograd import attend, attend_packed
 from .config import HEAD_DIM_TILES
 from .flash_attn_config import CONFIG
@@ -51,7 +51,8 @@ def flash_attn_func(
         k: (b, sk, hk, d), dtype of q.
         v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192. Wider than
             256, it cannot be differentiated.
-        softmax_scale: finite and > 0; d ** -0.5 by default.
+        softmax_scale: finite and > 0; d ** -0.5 by default. It and softcap may be any real number, numpy's too, or a
+            tensor of one element, which is read at once and gets no gradient.
         causal: a row sees the keys up to its own position; the same as window_size=(left, 0).
         qv: not available yet.
         q_descale, k_descale, v_descale: float32 (b, hk); only FP8 inputs, which are not available yet, read them.
@@ -59,10 +60,12 @@ def flash_attn_func(
         attention_chunk: if > 0, a row sees only keys of its own chunk of that many positions.
         softcap: if > 0, a score becomes softcap * tanh(score / softcap).
         num_splits: 1, or <= 0 to leave the number to the planner. More is not available yet.
-        pack_gqa: whether query heads that share a key head are worked on together, which fills the tiles of short
-            sequences; None: where that pays. A performance hint.
-        deterministic: gradients of equal calls are bitwise equal; out and lse always are.
-        sm_margin: multiprocessors to leave to others.
+        pack_gqa: a hint: whether query heads that share a key head are worked on together, which fills the tiles of
+            short sequences; None: where that pays. A power of two of them is, which divides h / hk; so True changes
+            nothing where h / hk is odd.
+        deterministic: gradients of equal calls are bitwise equal, compiled or not; for that, parts of dq are added in a
+            fixed order, which takes time. out and lse always are.
+        sm_margin: multiprocessors that the forward pass leaves to others. The backward pass does not: it runs on all.
         return_attn_probs: return the log-sum-exp too.
 
     Returns:
@@ -70,10 +73,13 @@ def flash_attn_func(
         natural logarithm of the softmax's denominator.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule; the text names it.
+        TypeError, ValueError: an argument breaks a rule; the text names it. Bools may be 0, 1 or numpy's, too, but
+            nothing else that merely counts as true or false.
         NotImplementedError: a feature is not available yet.
         UnsupportedDeviceError: the GPU is not a Hopper.
     """
+    if return_attn_probs is not True and return_attn_probs is not False:
+        return_attn_probs = plain_bool("return_attn_probs", return_attn_probs)
     if qv is not None:
         reject_unavailable(qv=qv)
     extras = (None, None, None, None, q_descale, k_descale, v_descale)
@@ -112,11 +118,14 @@ def flash_attn_qkvpacked_func(
 
     Args:
         qkv: (b, s, 3, h, d), or (b, s, h + 2 * hk, d) with num_heads_q.
-        num_heads_q: h of a 4-dimensional qkv; what it leaves are hk key heads and hk value heads.
+        num_heads_q: h of a 4-dimensional qkv; what it leaves are hk key heads and hk value heads. With 5 dimensions
+            it is not needed, and any number but h is an error.
 
     The other arguments, the returns and the errors are those of `flash_attn_func`. The gradient is one tensor, too;
     in eager mode its parts are written in place.
     """
+    if return_attn_probs is not True and return_attn_probs is not False:
+        return_attn_probs = plain_bool("return_attn_probs", return_attn_probs)
     extras = (None, None, None, None, q_descale, k_descale, v_descale)
     options = (None, None, softmax_scale, causal, window_size, attention_chunk, softcap, 1, None, sm_margin)
     out, lse = attend_packed(qkv, num_heads_q, extras, options, deterministic)
@@ -155,7 +164,8 @@ def flash_attn_varlen_func(
         k: (total_k, hk, d).
         v: (total_k, hk, dv).
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), contiguous: sequence i has the rows cu_seqlens[i] to
-            cu_seqlens[i + 1]. Where one is None, that side is dense, shaped as in `flash_attn_func`.
+            cu_seqlens[i + 1], which must exist; only on the CPU is that checked. Where one is None, that side is dense,
+            shaped as in `flash_attn_func`.
         max_seqlen_q, max_seqlen_k: rows of the longest sequence, or more; read only where cu_seqlens is given.
         seqused_q, seqused_k: int32 (b,), contiguous: only so many rows of each sequence take part. Rows of out and
             lse past seqused_q are left unwritten. Rows that take no part, those outside all sequences among them, have
@@ -166,6 +176,8 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, h, dv); with return_attn_probs the pair (out, lse), lse float32 (h, total_q).
     """
+    if return_attn_probs is not True and return_attn_probs is not False:
+        return_attn_probs = plain_bool("return_attn_probs", return_attn_probs)
     if qv is not None:
         reject_unavailable(qv=qv)
     extras = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, q_descale, k_descale, v_descale)

@@ -122,10 +122,7 @@ def _cpu_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardP
     scales = (call.scale, float(call.softcap))
 
     def run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out) -> None:
-        # The runtime checks this for CUDA tensors.
-        validation.check_index_strides(
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k
-        )
+        validation.check_index_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         cpu_backend.forward(plan, problem, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scales)
 
     return run

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import dispatch, validation
-from .arguments import invalid, reject_unavailable, window_sides
+from .arguments import invalid, plain_bool, reject_unavailable, window_sides
 from .backward_ops import call_gradients
 from .operators import LIBRARY, Arguments, no_accumulators
 from .signature import NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, forward_signature, plain_options
@@ -61,10 +61,12 @@ def call_functional(
 ) -> tuple[torch.Tensor, ...]:
     """``_flash_attn_forward`` of the arguments of `dispatch.forward`; ``deterministic`` is for its gradients."""
     by_name = dict(zip(ForwardOptions._fields, options, strict=True))
-    by_name["causal"] = bool(by_name["causal"])
+    by_name["causal"] = plain_bool("causal", by_name["causal"])
+    if by_name["pack_gqa"] is not None:
+        by_name["pack_gqa"] = plain_bool("pack_gqa", by_name["pack_gqa"], "True, False or None")
     by_name["window_size_left"], by_name["window_size_right"] = window_sides(by_name.pop("window_size"))
     by_name |= zip(OptionalTensors._fields, extras, strict=True)
-    return _FUNCTIONAL(q, k, v, **by_name, deterministic=bool(deterministic))
+    return _FUNCTIONAL(q, k, v, **by_name, deterministic=deterministic)
 
 
 def operators_are_watched(q: torch.Tensor) -> bool:

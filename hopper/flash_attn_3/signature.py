@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import invalid, plain_float, plain_int, window_sides
+from .arguments import check_is_dense, invalid, plain_bool, plain_float, plain_int, window_sides
 from .backward_plan import padded_rows, round_up
 
 
@@ -201,6 +201,7 @@ def backward_signature(
 
 def _spec(name: str, tensor: torch.Tensor | None, is_optional: bool = False) -> TensorSpec | None:
     if isinstance(tensor, torch.Tensor):
+        check_is_dense(name, tensor)
         return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
     if tensor is None and is_optional:
         return None
@@ -212,12 +213,14 @@ def plain_options(options: ForwardOptions) -> ForwardOptions:
 
     On the path of every call: tests of type spare what is plain already.
     """
-    max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, *others = options
+    max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, chunk, softcap, splits, pack_gqa, margin = options
     if (
         window_size.__class__ is tuple
         and (window_size == (-1, -1) or tuple(map(type, window_size)) == (int, int))
         and causal.__class__ is bool
         and (softmax_scale is None or softmax_scale.__class__ is float)
+        and softcap.__class__ is float
+        and (pack_gqa is None or pack_gqa.__class__ is bool)
         and (max_seqlen_q is None or max_seqlen_q.__class__ is int)
         and (max_seqlen_k is None or max_seqlen_k.__class__ is int)
     ):
@@ -226,7 +229,11 @@ def plain_options(options: ForwardOptions) -> ForwardOptions:
         None if max_seqlen_q is None else plain_int("max_seqlen_q", max_seqlen_q),
         None if max_seqlen_k is None else plain_int("max_seqlen_k", max_seqlen_k),
         None if softmax_scale is None else plain_float("softmax_scale", softmax_scale),
-        bool(causal),
+        plain_bool("causal", causal),
         window_sides(window_size),
-        *others,
+        chunk,
+        plain_float("softcap", softcap),
+        splits,
+        None if pack_gqa is None else plain_bool("pack_gqa", pack_gqa, "True, False or None"),
+        margin,
     )

@@ -1,7 +1,7 @@
 """The rules a forward call must keep, each with an error that names the argument, what came and what is allowed.
 
 The rules read a `ForwardSignature`, no data, so a signature needs to be judged only once. What a signature
-does not hold (strides) is checked per call by `check_last_strides` and `check_index_strides`.
+does not hold (strides, and values on the CPU) is checked per call by `check_last_strides` and `check_index_values`.
 
 Wrong types and dtypes raise TypeError, everything else ValueError; what is not there yet, NotImplementedError.
 """
@@ -12,7 +12,7 @@ import numbers
 
 import torch
 
-from .arguments import invalid
+from .arguments import check_is_dense, invalid
 from .problem import MAX_SEQLEN
 from .signature import ForwardSignature, TensorSpec
 
@@ -177,21 +177,16 @@ def _check_options(call: ForwardSignature) -> None:
     _check_int("window_size[0]", call.window_size[0])
     _check_int("window_size[1]", call.window_size[1])
     _check_int("attention_chunk", call.attention_chunk, 0, INT32_MAX)
-    if call.pack_gqa not in (None, True, False):
-        raise invalid(TypeError, "pack_gqa", repr(call.pack_gqa), "True, False or None")
     _check_int("sm_margin", call.sm_margin, 0)
     _check_int("num_splits", call.num_splits, None, MAX_NUM_SPLITS)
     if call.num_splits > 1:
         raise NotImplementedError(
             f"num_splits: got {call.num_splits}; splitting the keys is not available yet, use 1 or 0 (chosen for you)"
         )
-    _check_real("softcap", call.softcap)
     if not 0 <= call.softcap <= MAX_SCALE:
         raise invalid(ValueError, "softcap", call.softcap, f">= 0 (0 switches it off) and at most {MAX_SCALE:.3g}")
-    if call.softmax_scale is not None:
-        _check_real("softmax_scale", call.softmax_scale)
-        if not 0 < call.softmax_scale <= MAX_SCALE:
-            raise invalid(ValueError, "softmax_scale", call.softmax_scale, f"> 0 and at most {MAX_SCALE:.3g}")
+    if call.softmax_scale is not None and not 0 < call.softmax_scale <= MAX_SCALE:
+        raise invalid(ValueError, "softmax_scale", call.softmax_scale, f"> 0 and at most {MAX_SCALE:.3g}")
     if call.softcap > 0 and call.scale / call.softcap > MAX_SCALE:
         allowed = f"so large that softmax_scale / softcap is at most {MAX_SCALE:.3g}"
         raise invalid(ValueError, "softcap", call.softcap, allowed)
@@ -203,11 +198,6 @@ def _check_int(name: str, value: object, low: int | None = None, high: int | Non
     if (low is not None and value < low) or (high is not None and value > high):
         limits = [f">= {low}" if low is not None else "", f"<= {high}" if high is not None else ""]
         raise invalid(ValueError, name, value, " and ".join(filter(None, limits)))
-
-
-def _check_real(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Real):
-        raise invalid(TypeError, name, f"{value!r} of type {type(value).__name__}", "a float")
 
 
 def check_sm_margin(sm_margin: int, num_sms: int) -> None:
@@ -222,16 +212,44 @@ def check_sm_margin(sm_margin: int, num_sms: int) -> None:
 def check_last_strides(**tensors: torch.Tensor | None) -> None:
     """Rows must be contiguous: TMA reads 16 bytes along the last dimension."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.stride()[-1:] not in ((1,), ()):
+        if tensor is None:
+            continue
+        check_is_dense(name, tensor)
+        if tensor.stride()[-1:] not in ((1,), ()):
             given = f"stride {tensor.stride(-1)} in the last dimension"
             raise invalid(ValueError, name, given, "contiguous in the last dimension (stride 1)")
 
 
-def check_index_strides(**tensors: torch.Tensor | None) -> None:
-    """Index tensors are read as plain arrays."""
-    for name, tensor in tensors.items():
+def check_index_values(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_q: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+) -> None:
+    """Index tensors on the CPU: they are read as plain arrays, and the rows that they name must exist.
+
+    On a GPU the runtime checks the strides; the values it does not see.
+    """
+    index_tensors = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+    }
+    for name, tensor in index_tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise invalid(ValueError, name, f"strides {tensor.stride()}", "contiguous")
+    for side, rows in (("q", q), ("k", k)):
+        name = f"cu_seqlens_{side}"
+        cu_seqlens = index_tensors[name]
+        if cu_seqlens is None:
+            continue
+        least, largest = map(int, cu_seqlens.aminmax())
+        if least < 0 or largest > rows.shape[0]:
+            given = f"offsets from {least} to {largest}"
+            raise invalid(ValueError, name, given, f"offsets from 0 to {rows.shape[0]}, the rows of {side}")
 
 
 def _shape(shape: torch.Size) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,8 +217,16 @@ def test_unlimited_windows(window_size):
 def test_scales_in_any_guise():
     q, k, v = random_qkv((20, 30))
     expected = flash_attn_func(q, k, v, softmax_scale=2.0, softcap=3.0)
-    for scale in (2, torch.tensor(2.0)):
-        assert torch.equal(flash_attn_func(q, k, v, softmax_scale=scale, softcap=3), expected)
+    for kind in (int, np.float16, torch.tensor):
+        assert torch.equal(flash_attn_func(q, k, v, softmax_scale=kind(2), softcap=kind(3)), expected)
+
+
+def test_bools_in_any_guise():
+    q, k, v = random_qkv((20, 30), heads=(4, 2))
+    expected = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    for true in (1, np.True_, np.int8(1)):
+        found = flash_attn_func(q, k, v, causal=true, deterministic=true, pack_gqa=true, return_attn_probs=true)
+        assert all(map(torch.equal, found, expected))
 
 
 def test_max_seqlen_as_tensor():

@@ -119,6 +119,21 @@ def test_varlen(operator):
     assert_equal(found, expected_of(arguments, flash_attn_varlen_func, **lengths))
 
 
+@pytest.mark.parametrize("name", ["sequed_q", "sequed_k"])
+def test_errors_name_the_arguments_of_the_operator(name):
+    """FlashAttention-3 spells them in this way."""
+    arguments, lengths = packed_call()
+    lengths.pop("seqused_k")
+    wrong = {"dtype": torch.tensor([7, 20]), "shape": torch.tensor([7], dtype=torch.int32)}
+    wrong["strides"] = torch.tensor([7, 0, 20, 0], dtype=torch.int32)[::2]
+    for kind, value in wrong.items():
+        error = TypeError if kind == "dtype" else ValueError
+        with pytest.raises(error, match=rf"^{name}: got {kind}"):
+            _flash_attn_backward(**arguments, **lengths, **{name: value})
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match=rf"^{name}: got dtype"):
+        _flash_attn_backward(**fake(mode, arguments | lengths | {name: wrong["dtype"]}))
+
+
 def test_positional_arguments():
     """The order that Megatron and Transformer Engine go by."""
     arguments = call(softmax_scale=0.2, causal=True)

@@ -94,5 +94,7 @@ def test_packed_shapes():
         torch.ops.flash_attn_3.bwd(**call, softmax_lse=torch.zeros(1, 4, 8))
     with pytest.raises(ValueError, match=re.escape("softmax_lse: got shape (8, 4); it must be of shape (4, 8)")):
         torch.ops.flash_attn_3.bwd(**call, softmax_lse=torch.zeros(8, 4))
+    with pytest.raises(ValueError, match="cu_seqlens_k: got offsets from 0 to 13; it must be offsets from 0 to 12"):
+        torch.ops.flash_attn_3.bwd(**call | {"cu_seqlens_k": int32(0, 13)}, softmax_lse=torch.zeros(4, 8))
     with pytest.raises(ValueError, match="max_seqlen_k: got None"):
         torch.ops.flash_attn_3.bwd(**call | {"max_seqlen_k": None}, softmax_lse=torch.zeros(4, 8))

@@ -254,6 +254,7 @@ WRONG_TENSORS = {
         "seqused_k: got dtype torch.int64",
     ),
     "seqused_k_list": (lambda: {"seqused_k": [1, 2]}, TypeError, "seqused_k: got a list; it must be a torch.Tensor"),
+    "q_sparse": (lambda: {"q": torch.zeros(2, 300, 4, 64, dtype=BF16).to_sparse()}, TypeError, "q: got a tensor of"),
     "k_array": (lambda: {"k": np.empty((2, 500, 2, 64))}, TypeError, "k: got a ndarray; it must be a torch.Tensor"),
     "k_descale_shape": (lambda: {"k_descale": empty(3, 2, dtype=torch.float32)}, ValueError, "k_descale: got shape"),
 }

@@ -146,6 +146,8 @@ OPTION_RULES = {
     "softcap_inf": dense_rule(ValueError, ["softcap: ", "inf", "at most"], softcap=math.inf),
     "softcap_tiny": dense_rule(ValueError, ["softcap: ", "1e-300", "softmax_scale / softcap"], softcap=1e-300),
     "softcap_none": dense_rule(TypeError, ["softcap: ", "None", "float"], softcap=None),
+    "softcap_text": dense_rule(TypeError, ["softcap: ", "'1'", "str", "float"], softcap="1"),
+    "softcap_vector": dense_rule(TypeError, ["softcap: ", "float"], softcap=torch.ones(2)),
     "softcap_unhashable": dense_rule(TypeError, ["softcap: ", "[1.0]", "float"], softcap=[1.0]),
     "window_int": dense_rule(TypeError, ["window_size: ", "3", "pair of ints"], window_size=3),
     "window_short": dense_rule(TypeError, ["window_size: ", "(3,)", "pair of ints"], window_size=(3,)),
@@ -159,9 +161,27 @@ OPTION_RULES = {
     "num_splits_float": dense_rule(TypeError, ["num_splits: ", "0.5", "int"], num_splits=0.5),
     "pack_gqa_text": dense_rule(TypeError, ["pack_gqa: ", "'yes'", "True, False or None"], pack_gqa="yes"),
     "pack_gqa_unhashable": dense_rule(TypeError, ["pack_gqa: ", "[]", "True, False or None"], pack_gqa=[]),
+    "pack_gqa_2": dense_rule(TypeError, ["pack_gqa: ", "2", "int", "True, False or None"], pack_gqa=2),
     "sm_margin_negative": dense_rule(ValueError, ["sm_margin: ", "-1", ">= 0"], sm_margin=-1),
     "sm_margin_all": dense_rule(ValueError, ["sm_margin: ", "132", "132 multiprocessors"], sm_margin=132),
     "sm_margin_float": dense_rule(TypeError, ["sm_margin: ", "1.5", "int"], sm_margin=1.5),
+}
+
+#: What counts as True elsewhere, and would be a surprise here.
+NO_BOOLS = {
+    "text": "no",
+    "none": None,
+    "2": 2,
+    "float": 1.0,
+    "list": [],
+    "tensor": torch.tensor(True),
+    "vector": torch.tensor([True, False]),
+    "array": np.array([True, False]),
+}
+OPTION_RULES |= {
+    f"{option}_{name}": dense_rule(TypeError, [f"{option}: ", "True or False"], **{option: value})
+    for option in ("causal", "deterministic", "return_attn_probs")
+    for name, value in NO_BOOLS.items()
 }
 
 VARLEN_RULES = {
@@ -179,6 +199,15 @@ for _side in ("q", "k"):
         f"{_cu}_int64": varlen_rule(TypeError, [f"{_cu}: ", "int64", "int32"], **{_cu: torch.tensor([0, 8, 16])}),
         f"{_cu}_rank": varlen_rule(ValueError, [f"{_cu}: ", "(3, 1)", "(batch + 1,)"], **{_cu: _column}),
         f"{_cu}_empty": varlen_rule(ValueError, [f"{_cu}: ", "(0,)", "(batch + 1,)"], **{_cu: int32()}),
+        f"{_cu}_beyond": varlen_rule(
+            ValueError, [f"{_cu}: ", "from 0 to 25", f"the rows of {_side}"], **{_cu: int32(0, 8, 25)}
+        ),
+        f"{_cu}_beyond_in_the_middle": varlen_rule(
+            ValueError, [f"{_cu}: ", "from 0 to 99", f"the rows of {_side}"], **{_cu: int32(0, 99, 16)}
+        ),
+        f"{_cu}_negative": varlen_rule(
+            ValueError, [f"{_cu}: ", "from -1 to 16", f"the rows of {_side}"], **{_cu: int32(-1, 8, 16)}
+        ),
         f"{_cu}_strided": varlen_rule(ValueError, [f"{_cu}: ", "(2,)", "contiguous"], **{_cu: _strided}),
         f"{_cu}_device": varlen_rule(ValueError, [f"{_cu}: ", "meta", "cpu"], **{_cu: int32(0, 8, 16).to("meta")}),
         f"{_longest}_none": varlen_rule(ValueError, [f"{_longest}: ", "None", _cu], **{_longest: None}),
@@ -247,12 +276,60 @@ def test_broken_rule(rule):
         ((2, 8, 6, 64), 8, ["num_heads_q: ", "8 of qkv's 6 heads"]),
         ((2, 8, 6, 64), 0, ["num_heads_q: ", "0 of qkv's 6 heads", "at least 1"]),
         ((2, 8, 6, 64), -2, ["num_heads_q: ", "-2 of qkv's 6 heads", "at least 1"]),
+        ((2, 8, 3, 4, 64), 2, ["num_heads_q: ", "2", "None or qkv's heads, 4"]),
     ],
 )
-def test_broken_packing(shape, num_heads_q, words):
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_broken_packing(shape, num_heads_q, words, requires_grad):
     with pytest.raises(ValueError) as caught:
-        flash_attn_qkvpacked_func(zeros(*shape), num_heads_q=num_heads_q)
+        flash_attn_qkvpacked_func(zeros(*shape).requires_grad_(requires_grad), num_heads_q=num_heads_q)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 64), (2, 8, 3, 2, 64)], ids=len)
+@pytest.mark.parametrize("num_heads_q", [2.0, "2", torch.tensor([2, 2])], ids=str)
+def test_number_of_heads_that_is_none(shape, num_heads_q):
+    with pytest.raises(TypeError, match=r"^num_heads_q: got .* of type .*; it must be an int$"):
+        flash_attn_qkvpacked_func(zeros(*shape), num_heads_q=num_heads_q)
+
+
+def test_number_of_heads_that_is_not_needed():
+    """FlashAttention-3 ignores it beside three parts of the same size; here it may at least not be wrong."""
+    packed = torch.randn(2, 8, 3, 2, 64).bfloat16()
+    expected = flash_attn_qkvpacked_func(packed)
+    assert torch.equal(flash_attn_qkvpacked_func(packed, num_heads_q=np.int64(2)), expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("option", ["causal", "deterministic", "return_attn_probs"])
+@pytest.mark.parametrize("function", [flash_attn_func, varlen, flash_attn_qkvpacked_func])
+def test_every_function_has_the_rule_of_bools(function, option, requires_grad):
+    """An option that only the backward pass reads is judged in the forward pass, wanted or not."""
+    if function is flash_attn_qkvpacked_func:
+        arguments = {"qkv": zeros(2, 8, 3, 2, 64).requires_grad_(requires_grad)}
+    else:
+        arguments = packed() if function is varlen else dense()
+        arguments["q"].requires_grad_(requires_grad)
+    with pytest.raises(TypeError, match=f"^{option}: got 'no' of type str; it must be True or False$"):
+        function(**arguments, **{option: "no"})
+
+
+def test_compiled_calls_have_the_rule_of_bools():
+    q, k, v = dense().values()
+    for option in ("causal", "deterministic", "return_attn_probs", "pack_gqa"):
+        compiled = torch.compile(lambda q, option=option: flash_attn_func(q, k, v, **{option: 2}), backend="eager")
+        with pytest.raises(Exception, match=f"{option}: got 2 of type int; it must be True"):
+            compiled(q)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("function", [flash_attn_func, varlen, raw])
+def test_sparse_tensors(function, name, requires_grad):
+    arguments = packed() if function is varlen else dense()
+    arguments[name] = arguments[name].to_sparse().requires_grad_(requires_grad)
+    with pytest.raises(TypeError, match=f"^{name}: got a tensor of layout torch.sparse_coo; it must be dense"):
+        function(**arguments)
 
 
 def test_packed_argument_is_no_tensor():
@@ -272,6 +349,15 @@ def test_packed_argument_is_no_tensor():
         {"attention_chunk": 2**31 - 1},
         {"sm_margin": 131},
         {"causal": 1},
+        {"causal": np.True_},
+        {"causal": np.int64(0)},
+        {"deterministic": np.False_},
+        {"return_attn_probs": 0},
+        {"pack_gqa": np.True_},
+        {"pack_gqa": 0},
+        {"softcap": np.float32(2)},
+        {"softcap": torch.tensor(2.0)},
+        {"softmax_scale": torch.tensor([0.5])},
         {"q": zeros(2, 8, 0, 64)},
         {"q": zeros(2, 0, 4, 64)},
     ],
