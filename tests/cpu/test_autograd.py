@@ -1,6 +1,7 @@
 """Gradients through the public functions in eager mode."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from flash_attn_3 import dispatch
 from flash_attn_interface import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from gradient_calls import random_gradients
 from gradient_reference import assert_gradients_close, gradients
-from reference import AttentionOptions, Sequences, attention, cosine_distance
+from reference import AttentionOptions, Sequences, assert_out_close, attention, cosine_distance
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 OPTIONS = MASKS | {"scale_softcap": AttentionOptions(softmax_scale=0.3, causal=True, softcap=5.0)}
 
 
@@ -235,12 +237,20 @@ def test_too_wide_values_cannot_be_differentiated():
 # -- merges of partial results ---------------------------------------------------------------------------------------
 
 
+@functools.cache
+def recipe():
+    """The README's code for a merge, but for its first statement, which computes the parts."""
+    (block,) = [text for text in README.read_text().split("```") if "torch.logsumexp" in text]
+    _, first, recipe = block.split("\n", 2)
+    assert first.startswith("parts = ")
+    return compile(recipe, README.name, "exec")
+
+
 def merge(parts):
     """Attention over all keys from (out, lse) over disjoint ones: out (b, s, h, d), lse (b, h, s)."""
-    outs, lses = zip(*parts, strict=True)
-    total = torch.logsumexp(torch.stack(lses), dim=0)
-    weights = [torch.exp(lse - total).transpose(1, 2)[..., None] for lse in lses]
-    return sum(weight * out.float() for weight, out in zip(weights, outs, strict=True))
+    names = {"torch": torch, "parts": parts}
+    exec(recipe(), names)
+    return names["out"]
 
 
 def test_a_ring_of_partial_results_trains():
@@ -266,6 +276,26 @@ def test_a_causal_ring_trains():
     dout, _ = random_gradients(q, v)
     found = torch.autograd.grad(merge(parts), (q, k, v), dout.float())
     assert_gradients_close(found, q, k, v, dout, options=AttentionOptions(causal=True))
+
+
+def test_a_ring_with_rows_that_see_nothing():
+    """N9: of 96 causal rows over 64 keys, 32 see no key, and 32 only the first of two blocks."""
+    q, k, v = leaves(random_qkv((96, 64), heads=(4, 2), batch=2))
+    parts = [
+        flash_attn_func(q, k[:, :32], v[:, :32], window_size=(-1, 32), return_attn_probs=True),
+        flash_attn_func(q, k[:, 32:], v[:, 32:], causal=True, return_attn_probs=True),
+    ]
+    unseen = torch.stack([(lse == -torch.inf)[0, 0] for _, lse in parts])
+    assert unseen.sum(1).tolist() == [32, 64] and unseen.all(0).sum() == 32
+    options = AttentionOptions(causal=True)
+    out = merge(parts)
+    exact, same_precision = attention(q, k, v, options)[0], attention(q, k, v, options, compute_dtype=q.dtype)[0]
+    assert_out_close(out.to(q.dtype), exact, same_precision, options.softcap)
+    assert (out[:, :32] == 0).all()
+    dout, _ = random_gradients(q, v)
+    found = torch.autograd.grad(out, (q, k, v), dout.float())
+    assert_gradients_close(found, q, k, v, dout, options=options)
+    assert (found[0][:, :32] == 0).all()
 
 
 def test_a_sink_trains():
