@@ -10,7 +10,8 @@ from tests.reference import AttentionOptions, attention
 
 from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward
-from flash_attn_3.launch import CPU_MODEL_SMS, forward_problem
+from flash_attn_3.launch import forward_problem
+from flash_attn_3.problem import HOPPER_SMS
 from flash_attn_3.signature import ForwardOptions, backward_signature
 
 from . import comparison, fa3, peers
@@ -155,6 +156,6 @@ def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> in
     is_deterministic = version == peers.DETERMINISTIC
     call = backward_signature(out, None, q, k, v, out, lse, index_tensors, options, is_deterministic)
     accumulation = Accumulation.ORDERED if is_deterministic else Accumulation.UNORDERED
-    plan = plan_backward(BackwardProblem(forward_problem(call.forward, CPU_MODEL_SMS), accumulation))
+    plan = plan_backward(BackwardProblem(forward_problem(call.forward, HOPPER_SMS), accumulation))
     statistics = math.prod(call.statistics_shape(plan.config.block_m))
     return _FLOAT_BYTES * (statistics + plan.dq_scratch_floats(statistics // 2))

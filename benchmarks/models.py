@@ -20,10 +20,10 @@ import numpy as np
 from flash_attn_3.block_range import block_range, row_keys
 from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
-from flash_attn_3.problem import UNLIMITED, ForwardProblem, MaskSpec
+from flash_attn_3.problem import HOPPER_SMS, UNLIMITED, ForwardProblem, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
-TOKENS, FEATURES, NUM_SMS = 16384, 2048, 132
+TOKENS, FEATURES = 16384, 2048
 CAUSAL = MaskSpec(Mask.CAUSAL, UNLIMITED, 0)
 #: What a tile costs beside its key blocks, in key blocks.
 TILE_OVERHEAD = 0.7
@@ -64,7 +64,7 @@ def planned(head_dim: int, seqlen: int, mask: MaskSpec = CAUSAL) -> ForwardPlan:
     return plan_forward(
         ForwardProblem(
             *(Dtype.BF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim),
-            *(mask, Score.SCALED, SeqLayout.DENSE, NUM_SMS),
+            *(mask, Score.SCALED, SeqLayout.DENSE, HOPPER_SMS),
         )
     )
 
@@ -101,13 +101,13 @@ def occupancy(head_dim: int, seqlen: int, m_blocks: Iterable[int], mask: MaskSpe
     m_blocks: the query block of each tile, in the order in which they are handed out.
     """
     config = planned(head_dim, seqlen, mask).config
-    free_at, work = [0.0] * NUM_SMS, 0.0
+    free_at, work = [0.0] * HOPPER_SMS, 0.0
     for m_block in m_blocks:
         blocks = block_range(mask, m_block, config.block_m, config.block_n, seqlen, seqlen)
         cost = TILE_OVERHEAD + blocks.end - blocks.begin
         heapq.heapreplace(free_at, free_at[0] + cost)
         work += cost
-    return work / NUM_SMS / max(free_at)
+    return work / HOPPER_SMS / max(free_at)
 
 
 def pairs_computed(config: ForwardConfig, seqlen: int, mask: MaskSpec, rows_that_share: int, halves: bool) -> float:

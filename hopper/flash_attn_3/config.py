@@ -154,8 +154,8 @@ class KernelConfig:
         return value.name if isinstance(value, enum.Enum) else repr(value)
 
 
-def head_dim_rules(head_dim: int, head_dim_v: int) -> list[tuple[bool, str, str]]:
-    """The rules of all kernels for their tile widths, for `KernelConfig.check_rules`."""
+def _head_dim_rules(head_dim: int, head_dim_v: int) -> list[tuple[bool, str, str]]:
+    """For the tile widths of forward kernels."""
     *most, last = HEAD_DIM_TILES
     allowed = f"{', '.join(map(str, most))} or {last}"
     return [
@@ -288,7 +288,7 @@ class ForwardConfig(KernelConfig):
     def validate(self) -> None:
         """Raise `ConfigError` naming the field, its value and the rule, if this kernel cannot be built."""
         rules = [
-            *head_dim_rules(self.head_dim, self.head_dim_v),
+            *_head_dim_rules(self.head_dim, self.head_dim_v),
             (self.block_m in (64, 128, 192, 256), "block_m", "64, 128, 192 or 256 (one to four consumer warpgroups)"),
             (16 <= self.block_n <= 256 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 256]"),
             (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),

@@ -23,7 +23,7 @@ from .errors import CacheError, KernelCompileError, KernelNotBuiltError
 from .flash_attn_interface import flash_attn_func
 from .heuristics import plan_forward
 from .jobs import job_count
-from .problem import ForwardProblem, normalize_mask
+from .problem import HOPPER_SMS, ForwardProblem, normalize_mask
 
 #: A result passes if its error is at most this multiple of PyTorch's own, which is mostly the rounding to bfloat16.
 ALLOWED_RATIO = 2.0
@@ -89,10 +89,10 @@ def main() -> int:
     on_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if on_gpu:
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
-        _prepare_kernels([shape.kernel(num_sms=132) for shape in GPU_SHAPES])
+        _prepare_kernels([shape.kernel(num_sms=HOPPER_SMS) for shape in GPU_SHAPES])
     else:
         print(f"{_why_cpu()}: the same calls run on the CPU, through a slow model of the kernels.")
-        _show_one_compilation(CPU_SHAPES[-2].kernel(num_sms=132))
+        _show_one_compilation(CPU_SHAPES[-2].kernel(num_sms=HOPPER_SMS))
     passed = _show_table(GPU_SHAPES if on_gpu else CPU_SHAPES, "cuda" if on_gpu else "cpu")
     print("All results are right." if passed else "FAILED: a result is wrong.")
     return 0 if passed else 1

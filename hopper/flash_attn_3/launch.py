@@ -14,14 +14,12 @@ from . import validation
 from .config import Dtype, Score, SeqLayout
 from .errors import UnsupportedDeviceError
 from .heuristics import ForwardPlan, plan_forward
-from .problem import ForwardProblem, Packing, ScoreScales, normalize_mask
+from .problem import HOPPER_SMS, ForwardProblem, Packing, ScoreScales, normalize_mask
 from .signature import ForwardSignature
 
 if TYPE_CHECKING:
     from .cache import CompiledKernel
 
-#: Multiprocessors that the CPU model pretends to have: those of an H100 or H200.
-CPU_MODEL_SMS = 132
 HOPPER = (9, 0)
 
 _DTYPES = {torch.float16: Dtype.FP16, torch.bfloat16: Dtype.BF16}
@@ -96,7 +94,7 @@ def forward_problem(call: ForwardSignature, num_sms: int) -> ForwardProblem:
 def device_sms(device: torch.device) -> int:
     """Multiprocessors of a device that our kernels run on; any other GPU is an error, never a fallback."""
     if device.type == "cpu":
-        return CPU_MODEL_SMS
+        return HOPPER_SMS  # that the CPU model pretends to have
     from . import runtime
 
     capability = runtime.compute_capability(device.index)

@@ -15,13 +15,8 @@ from .backward_config import Accumulation, BackwardConfig
 from .backward_plan import BackwardProblem, backward_head_dim_tiles, plan_backward
 from .config import HEAD_DIM_TILES, Dtype, ForwardConfig, KernelConfig, Mask, Score, SeqLayout
 from .heuristics import forward_configs, head_dim_tiles
-from .problem import ForwardProblem, MaskSpec
+from .problem import HEAD_DIM_STEP, HOPPER_SMS, MAX_HEAD_DIM_V, ForwardProblem, MaskSpec
 from .tile_table import HEAD_DIM_PAIRS
-
-#: Widest value head dim of the interface.
-_MAX_HEAD_DIM_V = 512
-#: Head dims are multiples of this.
-_HEAD_DIM_STEP = 8
 
 
 def core_configs() -> list[KernelConfig]:
@@ -99,7 +94,7 @@ def _head_dim_pairs() -> list[tuple[int, int]]:
     """One (head_dim, head_dim_v) for each pair of tiles that some head dims are served by."""
     pairs: dict[tuple[int, int], None] = {}
     for head_dim in HEAD_DIM_TILES:
-        for head_dim_v in range(_HEAD_DIM_STEP, _MAX_HEAD_DIM_V + 1, _HEAD_DIM_STEP):
+        for head_dim_v in range(HEAD_DIM_STEP, MAX_HEAD_DIM_V + 1, HEAD_DIM_STEP):
             try:
                 pairs[head_dim_tiles(head_dim, head_dim_v)] = None
             except ValueError:
@@ -143,5 +138,5 @@ def _problem(
         mask=MaskSpec(mask),
         score=score,
         seq_layout=layout,
-        num_sms=132,
+        num_sms=HOPPER_SMS,
     )

@@ -12,6 +12,12 @@ import math
 
 from .config import Dtype, Mask, Score, SeqLayout
 
+#: Head dims come in steps of this many elements (16 bytes, the granularity of TMA).
+HEAD_DIM_STEP = 8
+#: Widest value head dim beside a head dim of at most 64.
+MAX_HEAD_DIM_V = 512
+#: Multiprocessors of an H100 or H200 with an SXM socket.
+HOPPER_SMS = 132
 #: A window side that does not limit anything.
 UNLIMITED = -1
 #: Most rows of a sequence, and the widest chunk that still matters. The kernels add two lengths and a window side,

@@ -15,7 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Schedule, Score, SeqLayout
+from .config import (
+    WARPGROUP_ROWS,
+    Dtype,
+    ForwardConfig,
+    Mask,
+    OutputBuffer,
+    Rescale,
+    Schedule,
+    Score,
+    SeqLayout,
+    head_dims_slug,
+)
 from .plain_data import field_types, from_plain, parse, to_plain
 
 #: The file that the planner reads.
@@ -81,8 +92,7 @@ class TileKey:
         return [self.config(tile, dtype, layout) for dtype, layout in itertools.product(Dtype, SeqLayout)]
 
     def __str__(self) -> str:
-        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}x{self.head_dim_v}"
-        return f"{dims} {self.mask.slug} {self.score.slug}"
+        return f"{head_dims_slug(self.head_dim, self.head_dim_v)} {self.mask.slug} {self.score.slug}"
 
 
 @dataclasses.dataclass(frozen=True)

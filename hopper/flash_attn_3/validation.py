@@ -13,7 +13,7 @@ import numbers
 import torch
 
 from .arguments import check_is_dense, invalid
-from .problem import MAX_SEQLEN
+from .problem import HEAD_DIM_STEP, MAX_HEAD_DIM_V, MAX_SEQLEN
 from .signature import ForwardSignature, TensorSpec
 
 #: Window sides and chunks are counted in 32 bits.
@@ -22,11 +22,7 @@ INT32_MAX = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max / 2
 #: More splits than this cannot be combined.
 MAX_NUM_SPLITS = 256
-#: Head dims come in steps of this many elements (16 bytes, the granularity of TMA).
-HEAD_DIM_STEP = 8
 MAX_HEAD_DIM = 256
-#: Widest value head dim beside a head dim of at most 64.
-MAX_HEAD_DIM_V = 512
 
 
 def check_forward(call: ForwardSignature) -> None:

@@ -99,7 +99,7 @@ def test_launch_of_a_dense_call(hopper):
     assert launched["handle"] == HANDLE
     assert (launched["max_seqlen_q"], launched["max_seqlen_k"]) == (300, 500)
     assert launched["num_value_passes"] == 1
-    assert launched["packed_heads_log2"] == 1  # 600 rows in 5 tiles of 128, in place of two times 300 in 3
+    assert launched["packed_heads_log2"] == 0
     assert launched["heads_per_section"] == 4
     assert launched["score_scale"] == 1.0
     assert launched["exp2_scale"] == pytest.approx(64**-0.5 * LOG2_E)
@@ -111,13 +111,19 @@ def test_scratch_of_very_long_sequences(hopper):
     dispatch.forward(*qkv(lengths=(100, 2**18 + 1)))
     short, long = (launched["promoted_out"] for launched in hopper.launches)
     assert short is None
-    # 2 sequences of 4 heads of one tile: 192 rows of 64 columns, and two rows' references for each of 384 threads.
-    assert (long.shape, long.dtype, long.device) == ((8 * (192 * 64 + 2 * 384),), torch.float32, DEVICE)
+    # 2 sequences of 4 heads of two tiles: 64 rows of 64 columns, and two rows' references for each of 128 threads.
+    assert (long.shape, long.dtype, long.device) == ((16 * (64 * 64 + 2 * 128),), torch.float32, DEVICE)
 
 
 def test_number_of_ctas(hopper):
     dispatch.forward(*qkv())
-    assert hopper.launches[0]["num_ctas"] == 2 * 4 * math.ceil(300 / 192)
+    assert hopper.launches[0]["num_ctas"] == 2 * 4 * math.ceil(300 / 64)
+
+
+def test_short_sequences_pack_heads(hopper):
+    dispatch.forward(*qkv(lengths=(30, 500)))
+    assert hopper.launches[0]["packed_heads_log2"] == 1  # 60 rows in one tile of 64, in place of two times 30
+    assert hopper.launches[0]["num_ctas"] == 2 * 2
 
 
 def test_launch_with_every_option(hopper):

@@ -64,7 +64,7 @@ def test_core_is_the_common_set():
 
 
 def test_a_preset_has_the_kernels_of_every_length(monkeypatch):
-    """One more class of lengths in the table is one more kernel of each kind in the sets."""
+    """One more class of lengths in the table is one more kernel of each kind in the sets, beside those of few rows."""
     table = tile_table.forward_tiles()
     key = tile_table.TileKey(128, 128, Mask.CAUSAL, Score.SCALED)
     longest = table.choices[key][-1]
@@ -72,8 +72,9 @@ def test_a_preset_has_the_kernels_of_every_length(monkeypatch):
     split = tile_table.TileTable((), {**table.choices, key: (short, longest)})
     monkeypatch.setattr(heuristics, "forward_tiles", lambda: split)
     configs = [c for c in presets.core_configs() if (c.FAMILY, c.head_dim, c.mask) == ("fwd", 128, Mask.CAUSAL)]
-    assert {(c.block_m, c.block_n) for c in configs} == {(64, 16), (longest.tile.block_m, longest.tile.block_n)}
-    assert len(configs) == 2 * len(Dtype) * len(SeqLayout)
+    block_m, block_n = longest.tile.block_m, longest.tile.block_n
+    assert {(c.block_m, c.block_n) for c in configs} == {(64, 16), (64, block_n), (block_m, block_n)}
+    assert len(configs) == 3 * len(Dtype) * len(SeqLayout)
 
 
 def test_all_covers_every_axis():

@@ -12,8 +12,6 @@ from ..tile_table import TileKey
 #: Tokens of a batch, and the width of all its heads: 32, 16 and 8 heads of 64, 128 and 256.
 TOKENS = 16384
 FEATURES = 2048
-#: Multiprocessors of an H100 or H200 with an SXM socket.
-NUM_SMS = 132
 #: Keys to the left of the diagonal under a local mask; at most half of the sequence, so that it hides something.
 WINDOW_LEFT = 1024
 #: The cap where scores are capped.

@@ -13,12 +13,13 @@ from typing import Protocol
 from ..cache import CompiledKernel
 from ..config import ForwardConfig, Mask
 from ..heuristics import plan_choice
+from ..problem import HOPPER_SMS
 from ..tile_table import ForwardTile, TileChoice, TileKey, TileTable
 from .build import Built
 from .choice import Decision, ShapeTimes, decide, ranking, without_class
 from .job import Job, Variant
 from .process import Measured
-from .shapes import NUM_SMS, LengthClass, TuneShape
+from .shapes import LengthClass, TuneShape
 
 
 class Measurer(Protocol):
@@ -206,7 +207,7 @@ class KeySweep:
         self, shape: TuneShape, present: TileChoice, choices: Sequence[TileChoice]
     ) -> dict[Variant, list[TileChoice]]:
         """Launches that differ -> the choices that lead to them: budgets often allow the same number of heads."""
-        problem = shape.problem(num_sms=NUM_SMS)
+        problem = shape.problem(num_sms=HOPPER_SMS)
         groups: dict[tuple[ForwardConfig, int], list[TileChoice]] = {}
         for choice in choices:
             plan = plan_choice(problem, choice)
