@@ -100,7 +100,7 @@ def test_launch_of_a_dense_call(hopper):
     assert (launched["max_seqlen_q"], launched["max_seqlen_k"]) == (300, 500)
     assert launched["num_value_passes"] == 1
     assert launched["packed_heads_log2"] == 0
-    assert launched["heads_per_section"] == 4
+    assert launched["heads_per_section"] == 8
     assert launched["score_scale"] == 1.0
     assert launched["exp2_scale"] == pytest.approx(64**-0.5 * LOG2_E)
     assert (launched["window_left"], launched["window_right"], launched["attention_chunk"]) == (-1, -1, 0)
