@@ -141,7 +141,7 @@ def dirty_memory():
 
 @pytest.mark.parametrize("name", ["full", "causal", "window"])
 def test_dirty_memory(name, dirty_memory):
-    """N10, N12, R1, R10: scratch and gradients hold NaN before, and another batch comes in between."""
+    """N10, N12, R10: scratch and gradients hold NaN before, and another batch comes in between."""
     assert torch.empty(1).isnan()
     tensors = [torch.cat([x, x[:30]]) for x in random_qkv((150, 150), heads=(6, 2), packed=True)]
     dout, _ = random_gradients(tensors[0], tensors[2])

@@ -72,18 +72,6 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
-    def rows_q(self, index: int) -> int:
-        """Query rows of sequence `index` that take part."""
-        if self.used_q is not None:
-            return self.used_q[index]
-        return self.seqlen_q if self.lens_q is None else self.lens_q[index]
-
-    def rows_k(self, index: int) -> int:
-        """Key rows of sequence `index` that take part."""
-        if self.used_k is not None:
-            return self.used_k[index]
-        return self.seqlen_k if self.lens_k is None else self.lens_k[index]
-
     def problem(self) -> ForwardProblem:
         """The planner's view of this call."""
         mask = normalize_mask(self.causal, self.window_size, self.attention_chunk, self.max_seqlen_q, self.max_seqlen_k)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 
 import flash_attn_interface
+from reference import COSINE_TOLERANCE, AttentionOptions, Sequences, assert_lse_close, assert_out_close, attention
 
-from ..reference import COSINE_TOLERANCE, AttentionOptions, Sequences, assert_lse_close, assert_out_close, attention
 from .cases import Case
 
 #: What unused memory is filled with. Infinity and NaN both survive a product with a weight of zero.

@@ -1,7 +1,7 @@
 """A few small gradients for compute-sanitizer, with everything but our kernels on the CPU.
 
     for tool in memcheck synccheck racecheck; do
-        PYTHONPATH=$PYTHONPATH:tests compute-sanitizer --tool $tool --error-exitcode 1 --report-api-errors no \\
+        compute-sanitizer --tool $tool --error-exitcode 1 --report-api-errors no \\
             --kernel-name kns=bwd_ python -m tests.gpu.sanitizer_gradients || exit 1
     done
 """
