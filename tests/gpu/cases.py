@@ -114,9 +114,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class GradientCase(Case):
-    """One call whose results are differentiated."""
+    """One call whose results are differentiated; ``with_dlse``: not out alone, but the log-sum-exp, too."""
 
     deterministic: bool = False
+    with_dlse: bool = False
 
     def kernel_configs(self) -> list[KernelConfig]:
         accumulation = Accumulation.ORDERED if self.deterministic else Accumulation.UNORDERED
@@ -141,6 +142,7 @@ _SHORT_NAMES = {
     "used_k": "usedk",
     "spare_q": "spareq",
     "spare_k": "sparek",
+    "with_dlse": "dlse",
 }
 
 

@@ -30,10 +30,13 @@ class Incoming:
     """Gradients of the results: dout like out, dlse like lse or None for zero."""
 
     dout: torch.Tensor
-    dlse: torch.Tensor | None
+    dlse: torch.Tensor | None = None
+
+    def to(self, device: str) -> Incoming:
+        return Incoming(self.dout.to(device), None if self.dlse is None else self.dlse.to(device))
 
 
-def make_incoming(case: GradientCase, tensors: Tensors, with_dlse: bool = False) -> Incoming:
+def make_incoming(case: GradientCase, tensors: Tensors) -> Incoming:
     """Random normal numbers; what belongs to rows that do not exist is poisoned."""
     device = tensors.q.device
     generator = torch.Generator(device=device).manual_seed(case.seed + 1)
@@ -45,7 +48,7 @@ def make_incoming(case: GradientCase, tensors: Tensors, with_dlse: bool = False)
             _sequence(rows, case.lens_q, index)[case.used_q[index] :] = POISONS[index % len(POISONS)]
         if case.spare_q:
             rows[-case.spare_q :] = POISONS[0]
-    return Incoming(dout, dlse.mT.contiguous() if with_dlse else None)
+    return Incoming(dout, dlse.mT.contiguous() if case.with_dlse else None)
 
 
 def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> Gradients:
@@ -106,9 +109,9 @@ def check_gradients(case: GradientCase, tensors: Tensors, incoming: Incoming, gr
     assert_gradients_close(gradients, *inputs, incoming.dout, incoming.dlse, options, sequences)
 
 
-def check_case(case: GradientCase, tensors: Tensors, with_dlse: bool = False) -> Gradients:
+def check_case(case: GradientCase, tensors: Tensors) -> Gradients:
     """Differentiate and check; returns the gradients."""
-    incoming = make_incoming(case, tensors, with_dlse)
+    incoming = make_incoming(case, tensors)
     gradients = differentiate(case, tensors, incoming)
     check_gradients(case, tensors, incoming, gradients)
     return gradients

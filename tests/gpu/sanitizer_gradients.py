@@ -11,7 +11,7 @@ from __future__ import annotations
 from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES
 
 from .cases import KERNEL_MASKS, GradientCase
-from .gradients import Incoming, check_gradients, differentiate, make_incoming
+from .gradients import Gradients, check_gradients, differentiate, make_incoming
 from .harness import make_tensors
 from .sanitizer_subset import on_device, run_all
 
@@ -38,12 +38,14 @@ CASES = [
 ]
 
 
-def run_case(case: GradientCase, device: str = "cuda") -> None:
+def run_case(case: GradientCase, device: str = "cuda") -> Gradients:
     """Differentiate and check one case; the reference stays on the CPU, so the sanitizer sees our kernels alone."""
     tensors = make_tensors(case, "cpu")
     incoming = make_incoming(case, tensors)
-    gradients = differentiate(case, on_device(tensors, device), Incoming(incoming.dout.to(device), None))
-    check_gradients(case, tensors, incoming, tuple(gradient.cpu() for gradient in gradients))
+    gradients = differentiate(case, on_device(tensors, device), incoming.to(device))
+    gradients = tuple(gradient.cpu() for gradient in gradients)
+    check_gradients(case, tensors, incoming, gradients)
+    return gradients
 
 
 if __name__ == "__main__":
