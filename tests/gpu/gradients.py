@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -81,11 +82,20 @@ def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> G
 
 
 def differentiate_by_operator(
-    case: GradientCase, tensors: Tensors, incoming: Incoming, gradients: Gradients | None = None
+    case: GradientCase,
+    tensors: Tensors,
+    incoming: Incoming,
+    gradients: Gradients | None = None,
+    out_layout: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Gradients:
-    """The same through torch.ops.flash_attn_3.bwd, which takes mixtures of dense and varlen sides and knows no dlse."""
+    """The same through torch.ops.flash_attn_3.bwd, which takes mixtures of dense and varlen sides and knows no dlse.
+
+    ``gradients``: to be written, allocated by default. ``out_layout``: stores the forward pass's result in another way.
+    """
     assert incoming.dlse is None and case.attention_chunk == 0
     out, lse = run(case, tensors)
+    if out_layout is not None:
+        out = out_layout(out)
     with poisoned_allocations():
         dq, dk, dv = gradients or (torch.empty_like(x) for x in (tensors.q, tensors.k, tensors.v))
         torch.ops.flash_attn_3.bwd(

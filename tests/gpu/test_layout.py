@@ -11,30 +11,13 @@ import flash_attn_interface
 
 from .cases import CAUSAL, FULL, KERNEL_MASKS, Case, each
 from .harness import Tensors, check, make_tensors, poisoned_allocations, run, run_operator
-
-
-def _transposed(rows: torch.Tensor) -> torch.Tensor:
-    """The same values stored as (batch, heads, seqlen, dim)."""
-    return rows.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _sequence_first(rows: torch.Tensor) -> torch.Tensor:
-    """The same values stored as (seqlen, batch, heads, dim)."""
-    return rows.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _padded_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows 24 elements longer than the head dim, the rest NaN."""
-    wide = rows.new_full((*rows.shape[:-1], rows.shape[-1] + 24), float("nan"))
-    wide[..., : rows.shape[-1]] = rows
-    return wide[..., : rows.shape[-1]]
-
+from .layouts import padded_rows, stored_as
 
 GUARDED_HEAD_DIMS = [(40, 40), (64, 64), (96, 96), (128, 128), (248, 248), (256, 256), (64, 512)]
 LAYOUTS = {
-    "transposed": _transposed,
-    "sequence_first": _sequence_first,
-    "padded_rows": _padded_rows,
+    "transposed": lambda rows: stored_as(rows, 0, 2, 1, 3),
+    "sequence_first": lambda rows: stored_as(rows, 1, 0, 2, 3),
+    "padded_rows": padded_rows,
 }
 
 
@@ -45,7 +28,7 @@ def test_l1_each_tensor_with_its_own_strides(case: Case, q_layout: str, k_layout
     tensors = make_tensors(case)
     tensors.q = LAYOUTS[q_layout](tensors.q)
     tensors.k = LAYOUTS[k_layout](tensors.k)
-    tensors.v = _transposed(tensors.v) if k_layout != "transposed" else tensors.v
+    tensors.v = LAYOUTS["transposed"](tensors.v) if k_layout != "transposed" else tensors.v
     check(case, tensors, *run(case, tensors))
 
 
