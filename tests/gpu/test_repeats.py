@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import flash_attn_interface
 
-from .cases import CAUSAL, KERNEL_MASKS, Case, each
-from .harness import Tensors, check, make_tensors, run
+from .calls import Call, Results, make_call
+from .cases import CAUSAL, FULL, KERNEL_MASKS, WINDOW, Case, GradientCase, each
+from .gradients import Incoming
+from .harness import Tensors, make_tensors, run
+from .repeats import check_repeats, no_memory_caching, other_traffic
 
 pytestmark = pytest.mark.hardware
 
 REPEATS = 1000
-#: Part of the free GPU memory that is taken away before the repeats.
-BALLAST = 0.8
-
-CASES = [
+FORWARD_CASES = [
     *(
         Case(d, dv, batch=4, seqlen_q=300, seqlen_k=500, heads_q=8, heads_kv=2, **mask.options)
         for d, dv in [(40, 40), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (64, 512)]
@@ -28,46 +30,114 @@ CASES = [
         for mask in KERNEL_MASKS
     ),
 ]
+#: Every way in which warpgroups share a tile, in both modes; enough blocks of keys that the order of additions shows.
+GRADIENT_TILES = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)]
+GRADIENT_CASES = [
+    *(
+        GradientCase(
+            d, dv, batch=2, seqlen_q=300, seqlen_k=700, heads_kv=1, deterministic=deterministic, **mask.options
+        )
+        for d, dv in GRADIENT_TILES
+        for deterministic, mask in [(True, FULL), (True, CAUSAL), (True, WINDOW), (False, CAUSAL)]
+    ),
+    *(
+        GradientCase(
+            d,
+            dv,
+            lens_q=(300, 0, 1, 200, 7),
+            lens_k=(300, 10, 0, 700, 7),
+            heads_q=8,
+            deterministic=deterministic,
+            **WINDOW.options,
+        )
+        for d, dv in [(128, 128), (256, 256)]
+        for deterministic in (True, False)
+    ),
+]
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+@each([*FORWARD_CASES, *GRADIENT_CASES])
+def test_r1_r3_r4_a_thousand_repeats(case: Case) -> None:
+    """R1, R3, R4: also in scratch full of NaN."""
+    check_repeats(make_call(case), REPEATS)
 
 
-def _count_differing_repeats(case: Case, tensors: Tensors, repeats: int) -> int:
-    """How many of the repeats differ in a bit from the first call; compared on the device, without waiting."""
-    out, lse = run(case, tensors)
-    check(case, tensors, out, lse)
-    differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(repeats):
-        again_out, again_lse = run(case, tensors)
-        same = (_bits(again_out) == _bits(out)).all() & (_bits(again_lse) == _bits(lse)).all()
-        differing += ~same
-    return int(differing)
-
-
-@each(CASES)
-def test_r4_a_thousand_repeats(case: Case) -> None:
-    assert _count_differing_repeats(case, make_tensors(case), REPEATS) == 0
-
-
-@each(Case(d, batch=4, seqlen_q=1024, seqlen_k=1024, heads_q=8, heads_kv=2, **CAUSAL.options) for d in (64, 128, 256))
+@each(
+    [
+        *(
+            Case(d, batch=4, seqlen_q=1024, seqlen_k=1024, heads_q=8, heads_kv=2, **CAUSAL.options)
+            for d in (64, 128, 256)
+        ),
+        *(
+            GradientCase(
+                d,
+                dv,
+                batch=4,
+                seqlen_q=1024,
+                seqlen_k=1024,
+                heads_q=8,
+                deterministic=deterministic,
+                **CAUSAL.options,
+            )
+            for d, dv in GRADIENT_TILES
+            for deterministic in (True, False)
+        ),
+    ]
+)
 def test_r4_repeats_beside_other_traffic(case: Case) -> None:
-    """Little memory is left, and another stream keeps the memory system busy."""
-    free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(int(free * BALLAST), dtype=torch.uint8, device="cuda")
-    tensors = make_tensors(case)
-    traffic = torch.cuda.Stream()
-    half = 2**28
-    with torch.cuda.stream(traffic):
-        for _ in range(200):
-            ballast[:half].copy_(ballast[half : 2 * half])
-    try:
-        assert _count_differing_repeats(case, tensors, 300) == 0
-    finally:
-        torch.cuda.synchronize()
-        del ballast
-        torch.cuda.empty_cache()
+    """R4: little memory is left, and another stream keeps memory and multiprocessors busy."""
+    call, neighbour = make_call(case), make_call(case.replace(seqlen_q=500, seqlen_k=300, seed=1))
+    with other_traffic(neighbour) as more:
+        check_repeats(call, 300, before_each=more)
+
+
+@each(
+    GradientCase(d, dv, seqlen_q=500, seqlen_k=700, deterministic=deterministic, **CAUSAL.options)
+    for d, dv in GRADIENT_TILES
+    for deterministic in (True, False)
+)
+def test_r1_r2_repeats_without_memory_caching(case: Case) -> None:
+    """R1, R2: scratch is given back as soon as the host is done with it, and comes from elsewhere each time."""
+    call = make_call(case)
+    with no_memory_caching():
+        check_repeats(call, 100)
+
+
+@each(
+    GradientCase(
+        256,
+        seqlen_q=8192,
+        seqlen_k=8192,
+        heads_q=16,
+        heads_kv=4,
+        deterministic=deterministic,
+        **mask.options,
+    )
+    for deterministic, mask in [(False, FULL), (True, CAUSAL)]
+)
+def test_r9_long_sequences_by_clusters(case: GradientCase, gigabytes) -> None:
+    """R9: heads that share keys, 100 times, where two CTAs work together as a cluster."""
+    gigabytes(60)
+    assert case.kernel_configs()[-1].cluster_size == 2
+    call = make_call(case)
+    part, of = _last_group(call)
+    check_repeats(call, 100, check=lambda results: part.check(of(results)))
+
+
+def _last_group(call: Call) -> tuple[Call, Callable[[Results], Results]]:
+    """The call of the last sequence's last key head alone, and its part of the whole call's results.
+
+    The reference has no room for more.
+    """
+    case, tensors = call.case, call.tensors
+    group = case.heads_q // case.heads_kv
+    of_queries, of_keys = ((slice(-1, None), slice(None), slice(-heads, None)) for heads in (group, 1))
+    part = Call(
+        case.replace(batch=1, heads_q=group, heads_kv=1),
+        Tensors(tensors.q[of_queries], tensors.k[of_keys], tensors.v[of_keys]),
+        Incoming(call.incoming.dout[of_queries]),
+    )
+    return part, lambda results: (results[0][of_queries], results[1][of_keys], results[2][of_keys])
 
 
 @each(Case(d, heads_q=4, heads_kv=4, seqlen_q=120, seqlen_k=330, causal=True) for d in (64, 128))

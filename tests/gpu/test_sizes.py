@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import Case, each
+from .calls import make_call
+from .cases import Case, GradientCase, each
 from .harness import Tensors, check, make_tensors, poisoned_allocations, run
 
 pytestmark = pytest.mark.hardware
 
 TWO_GIGA = 2**31
-
-
-def _periodic(case: Case, period: int) -> tuple[Case, Tensors]:
-    """A batch that repeats `period` different sequences over and over."""
-    small = case.replace(batch=period)
-    tensors = make_tensors(small)
-    index = torch.arange(case.batch, device="cuda") % period
-    return small, Tensors(tensors.q[index], tensors.k[index], tensors.v[index])
 
 
 @each(
@@ -27,20 +20,26 @@ def _periodic(case: Case, period: int) -> tuple[Case, Tensors]:
         Case(128, batch=8300, heads_q=16, heads_kv=16, seqlen_q=1, seqlen_k=1),
         Case(64, batch=15000, heads_q=8, heads_kv=2, seqlen_q=12, seqlen_k=20, causal=True),
         Case(128, batch=2, heads_q=33000, heads_kv=3, seqlen_q=3, seqlen_k=5),
+        GradientCase(72, batch=1600, heads_q=16, heads_kv=16, seqlen_q=729, seqlen_k=729, deterministic=True),
+        GradientCase(256, batch=8300, heads_q=16, heads_kv=16, seqlen_q=1, seqlen_k=2, deterministic=True),
+        GradientCase(64, batch=15000, heads_q=8, heads_kv=2, seqlen_q=12, seqlen_k=20, causal=True, deterministic=True),
+        GradientCase(192, 128, batch=2, heads_q=33000, heads_kv=3, seqlen_q=3, seqlen_k=5, deterministic=True),
     ]
 )
 def test_i1_many_sequences_and_heads(case: Case, gigabytes) -> None:
     """I1, I5: batch x heads large and beyond 65535; equal sequences give equal bits wherever they stand."""
-    gigabytes(4 * case.batch * max(case.seqlen_q, case.seqlen_k) * case.heads_q * case.head_dim * 2 / 1e9 + 4)
+    tensors_held = 16 if isinstance(case, GradientCase) else 4
+    rows = case.batch * max(case.seqlen_q, case.seqlen_k) * case.heads_q
+    gigabytes(tensors_held * rows * case.head_dim * 2 / 1e9 + 4)
     period = min(case.batch, 7)
-    small, tensors = _periodic(case, period)
-    out, lse = run(case, tensors)
-    first = Tensors(tensors.q[:period], tensors.k[:period], tensors.v[:period])
-    check(small, first, out[:period], lse[:period])
+    first = make_call(case.replace(batch=period))
+    index = torch.arange(case.batch, device="cuda") % period
+    results = first.map(lambda x: x[index], case).run()
+    first.check(tuple(x[:period] for x in results))
     for begin in range(0, case.batch, period):
         count = min(period, case.batch - begin)
-        assert torch.equal(out[begin : begin + count], out[:count]), f"sequences from {begin} on differ"
-        assert torch.equal(lse[begin : begin + count], lse[:count]), f"lse of sequences from {begin} on differs"
+        for number, x in enumerate(results):
+            assert torch.equal(x[begin : begin + count], x[:count]), f"result {number} of sequences from {begin} on"
 
 
 @pytest.mark.parametrize("rows_past_the_limit", [-1, 0, 200])
