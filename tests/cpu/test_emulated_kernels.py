@@ -56,9 +56,9 @@ def run_backward(emulator, case):
     for seed in ORDERS:
         emulator.seed(seed)
         found.append(sanitizer_gradients.run_case(case, "cpu"))
-    if case.deterministic:
-        for gradients in found[1:]:
-            assert all(torch.equal(x, y) for x, y in zip(found[0], gradients, strict=True)), "the order shows"
+    same = slice(0 if case.deterministic else 1, None)  # dk and dv have one writer
+    for gradients in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0][same], gradients[same], strict=True)), "the order shows"
 
 
 @each(sanitizer_subset.CASES)
@@ -69,5 +69,5 @@ def test_forward(machine, case: Case):
 
 @each([*sanitizer_gradients.CASES, *MEETING_OPTIONS])
 def test_backward(machine, case: GradientCase):
-    """R3, R4, W6: gradients that are to be deterministic have the same bits in each order, others are right."""
+    """R3, R4, W6: right in each order, and all but dq of unordered additions the same bits."""
     machine(run_backward, case)
