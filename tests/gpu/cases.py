@@ -12,10 +12,10 @@ from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, ForwardConfig, KernelConfig, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
-from flash_attn_3.problem import ForwardProblem, normalize_mask
+from flash_attn_3.problem import HOPPER_SMS, ForwardProblem, normalize_mask
 
-#: Multiprocessors of an H200; which kernel serves a call does not depend on it.
-NUM_SMS = 132
+#: Multiprocessors that small calls are left with: so few that CTAs have several tiles.
+FEW_SMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Case:
     spare_q: int = 0
     spare_k: int = 0
     seed: int = 0
+    #: Whether all multiprocessors serve the call even if it is small, and its tiles have few rows then.
+    all_sms: bool = False
 
     @property
     def dv(self) -> int:
@@ -72,8 +74,16 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
+    def sm_margin(self, num_sms: int = HOPPER_SMS) -> int:
+        """What leaves a small call so few of a GPU's multiprocessors that it is served like a large one."""
+        sizes = (forward_config(self._problem(sms)).block_m for sms in (num_sms, FEW_SMS))
+        return 0 if self.all_sms or num_sms <= FEW_SMS or len(set(sizes)) == 1 else num_sms - FEW_SMS
+
     def problem(self) -> ForwardProblem:
         """The planner's view of this call."""
+        return self._problem(HOPPER_SMS - self.sm_margin())
+
+    def _problem(self, num_sms: int) -> ForwardProblem:
         mask = normalize_mask(self.causal, self.window_size, self.attention_chunk, self.max_seqlen_q, self.max_seqlen_k)
         return ForwardProblem(
             dtype={torch.bfloat16: Dtype.BF16, torch.float16: Dtype.FP16}[self.dtype],
@@ -87,7 +97,7 @@ class Case:
             mask=mask,
             score=Score.SOFTCAP if self.softcap else Score.SCALED,
             seq_layout=SeqLayout.VARLEN if self.is_varlen else SeqLayout.DENSE,
-            num_sms=NUM_SMS,
+            num_sms=num_sms,
         )
 
     def kernel_config(self) -> ForwardConfig:

@@ -21,6 +21,7 @@ from .harness import (
     poisoned_allocations,
     run,
     sequence_arguments,
+    sm_margin,
 )
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -65,6 +66,7 @@ def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> G
         "softcap": case.softcap,
         "deterministic": case.deterministic,
         "return_attn_probs": True,
+        "sm_margin": sm_margin(case, tensors),
     }
     with poisoned_allocations():
         if case.is_varlen:

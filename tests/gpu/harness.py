@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 import flash_attn_interface
+from flash_attn_3 import launch
 from reference import COSINE_TOLERANCE, AttentionOptions, Sequences, assert_lse_close, assert_out_close, attention
 
 from .cases import Case
@@ -84,6 +85,7 @@ def run(case: Case, tensors: Tensors, **options: object) -> tuple[torch.Tensor, 
         "attention_chunk": case.attention_chunk,
         "softcap": case.softcap,
         "return_attn_probs": True,
+        "sm_margin": sm_margin(case, tensors),
     }
     q, k, v = tensors.q, tensors.k, tensors.v
     if case.is_varlen and (case.lens_q is None or case.lens_k is None):
@@ -127,9 +129,15 @@ def run_operator(case: Case, tensors: Tensors, out: torch.Tensor | None = None) 
             out=out,
             attention_chunk=case.attention_chunk,
             num_splits=1,
+            sm_margin=sm_margin(case, tensors),
             **operator_arguments(case, tensors),
         )
     return result[0], result[1]
+
+
+def sm_margin(case: Case, tensors: Tensors) -> int:
+    """Of the case on the GPU of its tensors."""
+    return case.sm_margin(launch.device_sms(tensors.q.device))
 
 
 def reference(

@@ -148,6 +148,22 @@ def test_softcap_values(case: Case) -> None:
     check(case, tensors, *run(case, tensors))
 
 
+@each(
+    Case(d, dv, **lengths, all_sms=True, softcap=softcap, **mask.options)
+    for (d, dv), mask, lengths, softcap in itertools.product(
+        [(64, 64), (64, 128), (64, 512), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)],
+        KERNEL_MASKS,
+        [{"seqlen_q": 130, "seqlen_k": 300}, {"lens_q": (130, 0, 1, 64), "lens_k": (300, 5, 0, 200)}],
+        (0.0, 15.0),
+    )
+)
+def test_tiles_of_one_warpgroup(case: Case) -> None:
+    """What serves calls of few tiles, as this one where all multiprocessors may."""
+    assert case.kernel_config().block_m == 64
+    tensors = make_tensors(case)
+    check(case, tensors, *run(case, tensors))
+
+
 @pytest.fixture
 def launched_ctas(monkeypatch) -> list[int]:
     """The grids of the calls from now on, each of another signature."""
@@ -163,7 +179,7 @@ def launched_ctas(monkeypatch) -> list[int]:
     return grids
 
 
-@each([Case(128, seqlen_q=300, seqlen_k=300, causal=True)])
+@each([Case(128, seqlen_q=300, seqlen_k=300, causal=True, all_sms=True)])
 @pytest.mark.parametrize("left", [1, 2, pytest.param(16, marks=pytest.mark.hardware)])
 def test_sm_margin(case: Case, left: int, launched_ctas: list[int]) -> None:
     """CTAs on the multiprocessors that are left alone, and the same bits."""

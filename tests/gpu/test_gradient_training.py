@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn_3 import launch
 from flash_attn_interface import flash_attn_func
 
 from .cases import CAUSAL, GradientCase, each
@@ -22,9 +23,11 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Ten
 
 def _attention(case: GradientCase) -> Attention:
     """(out, lse) of the case's call."""
+    margin = case.sm_margin(launch.device_sms(torch.device("cuda", 0)))
+    options = {"causal": case.causal, "deterministic": case.deterministic, "sm_margin": margin}
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return flash_attn_func(q, k, v, causal=case.causal, deterministic=case.deterministic, return_attn_probs=True)
+        return flash_attn_func(q, k, v, **options, return_attn_probs=True)
 
     return attend
 

@@ -16,7 +16,7 @@ from .gradients import (
     differentiate_by_operator,
     make_incoming,
 )
-from .harness import make_tensors, poisoned_allocations
+from .harness import make_tensors, poisoned_allocations, sm_margin
 from .layouts import padded_rows, stored_as
 
 #: (head_dim, head_dim_v) of whole tiles: every way in which warpgroups share them.
@@ -193,7 +193,9 @@ def test_unwanted_gradients(case: GradientCase, wanted: str) -> None:
     incoming = make_incoming(case, tensors)
     leaves = {name: getattr(tensors, name).clone().requires_grad_(name in wanted) for name in "qkv"}
     with poisoned_allocations():
-        out = flash_attn_interface.flash_attn_func(*leaves.values(), causal=case.causal)
+        out = flash_attn_interface.flash_attn_func(
+            *leaves.values(), causal=case.causal, sm_margin=sm_margin(case, tensors)
+        )
         out.backward(incoming.dout)
     check_gradients(case, tensors, incoming, tuple(leaf.grad for leaf in leaves.values()))
 

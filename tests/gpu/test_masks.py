@@ -9,7 +9,7 @@ import torch
 import flash_attn_interface
 
 from .cases import CAUSAL, Case, MaskOptions, each
-from .harness import Tensors, check, make_tensors, poisoned_allocations, run
+from .harness import Tensors, check, make_tensors, poisoned_allocations, run, sm_margin
 
 #: (left, right) windows: each side unlimited, zero, within a tile, about a tile, over a tile, beyond every key.
 WINDOWS = [
@@ -176,6 +176,7 @@ def test_window_of_each_sequence(case: Case) -> None:
             case.max_seqlen_k,
             causal=case.causal,
             window_size=case.window_size,
+            sm_margin=sm_margin(case, tensors),
             return_attn_probs=True,
         )
     counts = torch.cat(

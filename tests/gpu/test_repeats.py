@@ -12,7 +12,7 @@ import flash_attn_interface
 from .calls import Call, Results, make_call
 from .cases import CAUSAL, FULL, KERNEL_MASKS, WINDOW, Case, GradientCase, each
 from .gradients import Incoming
-from .harness import Tensors, make_tensors, run
+from .harness import Tensors, make_tensors, run, sm_margin
 from .repeats import check_repeats, no_memory_caching, other_traffic
 
 pytestmark = pytest.mark.hardware
@@ -155,10 +155,11 @@ def test_result_does_not_depend_on_the_batch(case: Case) -> None:
 def test_torch_compile(case: Case) -> None:
     """Traced whole, the call gives the eager bits."""
     tensors = make_tensors(case)
+    margin = sm_margin(case, tensors)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flash_attn_interface.flash_attn_func(q, k, v, causal=True) * 2
+        return flash_attn_interface.flash_attn_func(q, k, v, causal=True, sm_margin=margin) * 2
 
     out, _ = run(case, tensors)
     assert torch.equal(compiled(tensors.q, tensors.k, tensors.v), out * 2)
