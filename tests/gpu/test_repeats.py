@@ -86,7 +86,7 @@ def test_r1_r3_r4_a_thousand_repeats(case: Case) -> None:
 )
 def test_r4_repeats_beside_other_traffic(case: Case) -> None:
     """R4: little memory is left, and another stream keeps memory and multiprocessors busy."""
-    call, neighbour = make_call(case), make_call(case.replace(seqlen_q=500, seqlen_k=300, seed=1))
+    call, neighbour = make_call(case), make_call(case.replace(batch=3, seqlen_k=600, seed=1))
     with other_traffic(neighbour) as more:
         check_repeats(call, 300, before_each=more)
 
