@@ -17,8 +17,8 @@ TORCH_VERSION ?= 2.13.0
 USE_SYSTEM_PYTHON ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# Processes that share the tests (pytest-xdist; without it there is one). They share the GPU, too, where there is one.
-TEST_JOBS ?= 2
+# Processes that share the tests (pytest-xdist; without it there is one). Some tests fill a GPU's memory.
+TEST_JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
 
 # Here kernels are compiled when they are first used. `make venv FLASH_ATTN_3_KERNELS=core` compiles the common
 # set at installation instead, as a plain `pip install .` does.
