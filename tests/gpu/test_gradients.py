@@ -140,10 +140,9 @@ def test_l1_l8_packed_qkv(case: GradientCase) -> None:
     tensors = make_tensors(case)
     incoming = make_incoming(case, tensors)
     qkv = torch.stack([tensors.q, tensors.k, tensors.v], dim=2).requires_grad_()
+    options = {"causal": case.causal, "window_size": case.window_size, "attention_chunk": case.attention_chunk}
     with poisoned_allocations():
-        out = flash_attn_interface.flash_attn_qkvpacked_func(
-            qkv, causal=case.causal, window_size=case.window_size, attention_chunk=case.attention_chunk
-        )
+        out = flash_attn_interface.flash_attn_qkvpacked_func(qkv, **options, sm_margin=sm_margin(case, tensors))
         (dqkv,) = torch.autograd.grad(out, qkv, incoming.dout)
     assert dqkv.shape == qkv.shape
     check_gradients(case, tensors, incoming, dqkv.unbind(2))
@@ -184,6 +183,23 @@ def test_l1_expanded_gradient(case: GradientCase, dims: tuple[int, ...]) -> None
     incoming.dout = incoming.dout[tuple(first)].expand_as(incoming.dout)
     gradients = differentiate(case, tensors, incoming)
     check_gradients(case, tensors, incoming, gradients)
+
+
+@pytest.mark.parametrize("spare", [1, 4])
+@each(
+    [
+        *(GradientCase(d, seqlen_q=150, seqlen_k=170) for d in BACKWARD_HEAD_DIM_TILES),
+        GradientCase(128, lens_q=(150, 0, 31), lens_k=(170, 5, 0)),
+    ]
+)
+def test_l1_gradient_that_tma_cannot_read(case: GradientCase, spare: int) -> None:
+    """L1: dout is a view into what out was concatenated with, so that heads are no whole 16 bytes apart."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    wide = incoming.dout.new_full((*incoming.dout.shape[:-1], case.dv + spare), float("nan"))
+    wide[..., spare:] = incoming.dout
+    incoming.dout = wide[..., spare:]
+    check_gradients(case, tensors, incoming, differentiate(case, tensors, incoming))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "kv"])

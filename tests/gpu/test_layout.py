@@ -10,7 +10,7 @@ import torch
 import flash_attn_interface
 
 from .cases import CAUSAL, FULL, KERNEL_MASKS, Case, each
-from .harness import Tensors, check, make_tensors, poisoned_allocations, run, run_operator
+from .harness import Tensors, check, make_tensors, poisoned_allocations, run, run_operator, sm_margin
 from .layouts import padded_rows, stored_as
 
 GUARDED_HEAD_DIMS = [(40, 40), (64, 64), (96, 96), (128, 128), (248, 248), (256, 256), (64, 512)]
@@ -39,10 +39,9 @@ def test_l1_packed_qkv(case: Case) -> None:
     qkv = torch.stack([plain.q, plain.k, plain.v], dim=2)
     views = Tensors(*qkv.unbind(2))
     check(case, views, *run(case, views))
+    options = {"causal": case.causal, "window_size": case.window_size, "sm_margin": sm_margin(case, plain)}
     with poisoned_allocations():
-        result = flash_attn_interface.flash_attn_qkvpacked_func(
-            qkv, causal=case.causal, window_size=case.window_size, return_attn_probs=True
-        )
+        result = flash_attn_interface.flash_attn_qkvpacked_func(qkv, **options, return_attn_probs=True)
     check(case, plain, *result)
 
 
@@ -51,8 +50,9 @@ def test_l1_packed_heads(case: Case) -> None:
     """L1: one (b, s, hq + 2 hk, d) tensor through the packed function."""
     plain = make_tensors(case)
     qkv = torch.cat([plain.q, plain.k, plain.v], dim=2)
+    options = {"num_heads_q": case.heads_q, "sm_margin": sm_margin(case, plain)}
     with poisoned_allocations():
-        result = flash_attn_interface.flash_attn_qkvpacked_func(qkv, num_heads_q=6, return_attn_probs=True)
+        result = flash_attn_interface.flash_attn_qkvpacked_func(qkv, **options, return_attn_probs=True)
     check(case, plain, *result)
 
 
