@@ -22,7 +22,7 @@ from pathlib import Path
 
 from flash_attn_3 import compiler, presets
 from flash_attn_3.cache import CompiledKernel
-from flash_attn_3.config import Rescale
+from flash_attn_3.config import ForwardConfig, KernelConfig, Rescale
 
 
 def disassemble(kernel: CompiledKernel) -> list[str]:
@@ -103,6 +103,13 @@ def _target(line: str) -> str | None:
     return match[1] if match else None
 
 
+def _with_each(config: KernelConfig, ways: Sequence[Rescale]) -> list[KernelConfig]:
+    """A forward kernel with each of the ways; a backward kernel, which knows none, as it is."""
+    if not isinstance(config, ForwardConfig):
+        return [config]
+    return [dataclasses.replace(config, rescale=way) for way in ways]
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="a name, as `generate_kernels.py --list` has them")
@@ -117,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
     configs = presets.resolve(options.kernels)
     if options.rescale is not None:
         ways = [way for way in Rescale if way.slug in options.rescale]
-        configs = [dataclasses.replace(config, rescale=way) for config in configs for way in ways]
+        configs = [variant for config in configs for variant in _with_each(config, ways)]
     with tempfile.TemporaryDirectory() as cache:
         for kernel in compiler.build_many(configs, cache):
             for step in steps(disassemble(kernel)):

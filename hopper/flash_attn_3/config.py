@@ -236,7 +236,7 @@ class ForwardConfig(KernelConfig):
 
     @property
     def _column_chunks(self) -> tuple[int, int]:
-        """Of k and of v."""
+        """Column chunks of a block of keys, and of one of values."""
         num_bytes = self.dtype.num_bytes
         return self.head_dim * num_bytes // self.swizzle_bytes, self.head_dim_v * num_bytes // self.swizzle_bytes_v
 

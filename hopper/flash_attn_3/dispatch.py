@@ -75,6 +75,7 @@ def forward(
         launch = _prepare(key, forward_signature(q, k, v, extras, options, out))
     lse = launch.new_lse()
     try:
+        # One test, of what most calls bring: this is on the path of each.
         if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
             q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
         if out is None:
@@ -145,6 +146,7 @@ def backward(
                 new_dk() if wanted[1] else None,
                 new_dv() if wanted[2] else None,
             )
+        # One test, of what most calls bring: this is on the path of each.
         if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
             q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
         # Autograd hands over gradients of any layout, views of what came after attention.

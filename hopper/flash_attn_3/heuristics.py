@@ -78,15 +78,13 @@ def forward_config(problem: ForwardProblem) -> ForwardConfig:
 
 def forward_configs(problem: ForwardProblem) -> list[ForwardConfig]:
     """The kernels for problems that differ from this one in the number and length of the query sequences alone."""
-    lengths = forward_tiles().lengths(tile_key(problem))
-    choices = [forward_tiles().choice(tile_key(problem), length) for length in lengths]
-    tiles = [*(choice.tile for choice in choices), *(choice.tile.of_one_warpgroup() for choice in choices)]
-    return [_config(problem, tile) for tile in dict.fromkeys(tiles)]
+    tiles = [choice.tile for choice in forward_tiles().choices[tile_key(problem)]]
+    return [_config(problem, tile) for tile in dict.fromkeys([*tiles, *(tile.of_one_warpgroup() for tile in tiles)])]
 
 
 def _choice(problem: ForwardProblem) -> TileChoice:
-    """The table's choice; or tiles of one warpgroup, where all of them find a multiprocessor: each takes about half the
-    time of one of two warpgroups. Rows' results are the same."""
+    """The table's choice; or tiles of one warpgroup, where all of them find a multiprocessor: then more of those work,
+    on less each. Rows' results are the same."""
     choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
     low = dataclasses.replace(choice, tile=choice.tile.of_one_warpgroup())
     return low if 0 < _tiles(problem, _config(problem, low.tile)).count <= problem.num_sms else choice

@@ -132,11 +132,6 @@ class TileTable:
         """What serves problems whose longest query sequence has ``seqlen_q`` rows."""
         return next(choice for choice in self.choices[key] if choice.holds(seqlen_q))
 
-    def lengths(self, key: TileKey) -> list[int]:
-        """One length out of each class."""
-        bounds = [choice.max_seqlen_q for choice in self.choices[key]]
-        return [*bounds[:-1], bounds[-2] + 1 if len(bounds) > 1 else 1]
-
     def check(self) -> None:
         """Raise `TileTableError` unless every problem finds exactly one choice, whose kernels can be built."""
         wanted = [TileKey(*dims, mask, score) for dims, mask, score in itertools.product(HEAD_DIM_PAIRS, Mask, Score)]

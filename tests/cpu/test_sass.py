@@ -3,6 +3,9 @@
 import pytest
 from benchmarks import sass
 
+from flash_attn_3 import presets
+from flash_attn_3.config import Rescale
+
 #: Two loops in one, the second with a part that is branched over, then a loop without products.
 LISTING = """
 .L_outer:
@@ -60,3 +63,10 @@ def test_a_second_try_that_nothing_leads_around_is_refused():
 
 def test_steps_are_the_loops_with_products_by_length():
     assert [(step["HGMMA"], step.total()) for step in sass.steps(LINES)] == [(1, 4), (1, 7)]
+
+
+def test_backward_kernels_know_no_way_to_rescale():
+    ways = [Rescale.EAGER, Rescale.LAZY]
+    forward, backward = (next(c for c in presets.core_configs() if family == c.FAMILY) for family in ("fwd", "bwd"))
+    assert [config.rescale for config in sass._with_each(forward, ways)] == ways
+    assert sass._with_each(backward, ways) == [backward]
