@@ -3,6 +3,7 @@
 python -m benchmarks.models accumulator    # what a truncating accumulator makes of very long sums; 20 s
 python -m benchmarks.models balance        # how evenly launches end whose tiles differ
 python -m benchmarks.models blocks         # what is computed for nothing at the edges of masks
+python -m benchmarks.models key_tiles      # memory traffic and waiting in the backward pass; 1 min
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from benchmarks.key_tiles import FEATURES, TOKENS, Launch, simulate
+from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.block_range import block_range, row_keys
 from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
 from flash_attn_3.problem import HOPPER_SMS, UNLIMITED, ForwardProblem, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
-TOKENS, FEATURES = 16384, 2048
+KEY_TILE_SEQLENS = (512, 2048, 8192, 16384)
 CAUSAL = MaskSpec(Mask.CAUSAL, UNLIMITED, 0)
 #: What a tile costs beside its key blocks, in key blocks.
 TILE_OVERHEAD = 0.7
@@ -131,6 +134,12 @@ def pairs_computed(config: ForwardConfig, seqlen: int, mask: MaskSpec, rows_that
     return computed / visible
 
 
+def print_accumulator() -> None:
+    for keys_per_level in (2**22, 2**18):
+        scale, distance = accumulate(2**22, keys_per_level)
+        print(f"2^22 keys, {keys_per_level} a level: scale {scale:.4f}, cosine distance {distance:.1e}")
+
+
 def print_pairs() -> None:
     print(
         "mask, tile, S: pairs computed for each visible one; blocks chosen for a tile, for a warpgroup, and with halves"
@@ -163,19 +172,34 @@ def print_balance() -> None:
         print(f"{head_dim}, 16384, {window}: {shares}")
 
 
+def print_key_tiles() -> None:
+    print("head dim, mask, S: GB moved and us, all heads together; with the planner's sections; the same in order;")
+    print("in order, one head after the other")
+    for head_dim, mask, seqlen in itertools.product((64, 128, 256), (MaskSpec(Mask.FULL), CAUSAL), KEY_TILE_SEQLENS):
+        unordered = Launch(head_dim, seqlen, mask)
+        ordered = dataclasses.replace(unordered, accumulation=Accumulation.ORDERED)
+        outcomes = [
+            simulate(unordered, unordered.all_heads_together()),
+            simulate(unordered, unordered.in_planned_sections()),
+            simulate(ordered, ordered.in_planned_sections()),
+            simulate(ordered, ordered.in_sections(1, 0)),
+        ]
+        shown = "; ".join(f"{x.bytes_moved / 1e9:.2f} GB {x.microseconds:.0f} us" for x in outcomes)
+        print(f"{head_dim}, {mask.mask.slug}, {seqlen}: {shown}")
+
+
+MODELS = {
+    "accumulator": print_accumulator,
+    "balance": print_balance,
+    "blocks": print_pairs,
+    "key_tiles": print_key_tiles,
+}
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["accumulator", "balance", "blocks"])
-    model = parser.parse_args(arguments).model
-    if model == "blocks":
-        print_pairs()
-        return
-    if model == "accumulator":
-        for keys_per_level in (2**22, 2**18):
-            scale, distance = accumulate(2**22, keys_per_level)
-            print(f"2^22 keys, {keys_per_level} a level: scale {scale:.4f}, cosine distance {distance:.1e}")
-        return
-    print_balance()
+    parser.add_argument("model", choices=MODELS)
+    MODELS[parser.parse_args(arguments).model]()
 
 
 if __name__ == "__main__":

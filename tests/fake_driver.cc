@@ -113,6 +113,8 @@ std::string params_fields(const fa::BackwardParams& p) {
        << ", " << field("head_dim_v", p.head_dim_v) << ", " << field("seqlen_q", p.seqlen_q) << ", "
        << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
        << field("row_bound_k", p.row_bound_k) << ", " << field("num_m_blocks", p.num_m_blocks) << ", "
+       << field("heads_per_section", p.heads_per_section) << ", "
+       << field("least_heads_in_last_section", p.least_heads_in_last_section) << ", "
        << field("softmax_scale", p.softmax_scale) << ", " << field("score_scale", p.score_scale) << ", "
        << field("exp2_scale", p.exp2_scale) << ", " << field("window_left", p.window_left) << ", "
        << field("window_right", p.window_right) << ", " << field("attention_chunk", p.attention_chunk);

@@ -77,6 +77,9 @@ void fill_options(BackwardParams& params, const BackwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
   params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
   params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
+  params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
+  params.least_heads_in_last_section =
+      checked_int32("least_heads_in_last_section", options.least_heads_in_last_section, 0);
   params.softmax_scale = static_cast<float>(options.softmax_scale);
   params.score_scale = static_cast<float>(options.score_scale);
   params.exp2_scale = static_cast<float>(options.exp2_scale);

@@ -62,6 +62,8 @@ struct BackwardKernels {
 struct BackwardOptions {
   int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
   int64_t max_seqlen_k;  // read with cu_seqlens_k
+  int64_t heads_per_section;
+  int64_t least_heads_in_last_section;
   double softmax_scale;
   double score_scale;
   double exp2_scale;

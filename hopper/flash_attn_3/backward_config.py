@@ -24,7 +24,7 @@ from .config import (
 
 #: Tile widths of the backward pass, of q and k as of v; a head dim runs in the smallest that holds it.
 BACKWARD_HEAD_DIM_TILES = (64, 128, 192, 256)
-_FP32_BYTES = 4
+FP32_BYTES = 4
 _SMEM_ALIGNMENT = 1024
 #: Columns of dq that a warpgroup with all columns of dk and dv makes at once.
 _MAX_DQ_SLICE_COLUMNS = 64
@@ -168,7 +168,7 @@ class BackwardConfig(KernelConfig):
         """Shared memory that dq passes through; none where it goes to memory from registers."""
         if self.dq_path is DqPath.DIRECT:
             return 0
-        return self.num_consumer_warpgroups * WARPGROUP_ROWS * self.dq_slice_columns * _FP32_BYTES
+        return self.num_consumer_warpgroups * WARPGROUP_ROWS * self.dq_slice_columns * FP32_BYTES
 
     @property
     def swizzle_bytes(self) -> int:
@@ -191,7 +191,7 @@ class BackwardConfig(KernelConfig):
         elements += self.block_m * (self.num_stages * self.head_dim + self.num_dout_stages * self.head_dim_v)
         elements += (1 + size * size) * keys * self.block_m  # two dS, or P and dS, or P and two dS of each CTA
         elements += keys * self.head_dim // 2 * (size - 1)  # columns of the other CTA's keys
-        rest = (self.num_stages + self.num_dout_stages) * self.block_m * _FP32_BYTES + CONTROL_SMEM_BYTES
+        rest = (self.num_stages + self.num_dout_stages) * self.block_m * FP32_BYTES + CONTROL_SMEM_BYTES
         whole_rest = -(-rest // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT
         return elements * self.dtype.num_bytes + self.dq_staged_bytes + whole_rest
 

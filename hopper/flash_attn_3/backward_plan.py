@@ -10,18 +10,28 @@ import functools
 
 from .backward_config import (
     BACKWARD_HEAD_DIM_TILES,
+    FP32_BYTES,
     Accumulation,
     BackwardConfig,
     DqPath,
     WarpgroupSplit,
     max_columns_by_keys,
 )
-from .config import Score
+from .block_range import query_block_range
+from .config import Mask, Score
 from .heuristics import MAX_TILES
 from .problem import ForwardProblem
+from .sections import heads_that_end_evenly
 
 #: Widest head dim that can be differentiated.
 MAX_BACKWARD_HEAD_DIM = BACKWARD_HEAD_DIM_TILES[-1]
+#: q, dout and dq of the heads worked on together are at most this many bytes (at least one head's), so that they stay
+#: in the L2 cache: it has 50 MB, in two halves that each hold what their own multiprocessors read, and holds the next
+#: section's, too. Of the heads that share keys one counts, since they take turns.
+L2_QUERY_BYTES = 8 * 2**20
+#: Where additions are ordered, so many tiles of a head are worked on at a time. More would find their queries in the
+#: cache more often, but begin one after the other (`python -m benchmarks.models key_tiles`).
+ORDERED_TILES_OF_A_HEAD = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +60,16 @@ class BackwardPlan:
     Attributes:
         config: the kernels.
         num_tiles: blocks of keys over all query heads and sequences (0: no key, or no query head).
+        heads_per_section: how many (batch, key head) pairs are worked on together: few, so that the blocks of keys of
+            one head, which read the same queries and add to the same dq, find them in the L2 cache.
+        least_heads_in_last_section: so many, or all, are worked on together at the end of the launch, so that it
+            ends with short tiles.
     """
 
     config: BackwardConfig
     num_tiles: int
+    heads_per_section: int
+    least_heads_in_last_section: int
 
     def dq_scratch_floats(self, rows: int) -> int:
         """fp32 elements of scratch that the kernels need for dq.
@@ -84,7 +100,13 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
     )
     num_tiles = _checked_tiles(forward, "max_seqlen_k", config.block_n, "keys")
     _checked_tiles(forward, "max_seqlen_q", config.block_m, "query rows")
-    return BackwardPlan(config, num_tiles)
+    num_workers = max(1, forward.num_sms // config.cluster_size)
+    return BackwardPlan(
+        config,
+        num_tiles,
+        _heads_per_section(problem, config, num_workers),
+        _least_heads_in_last_section(forward, config, num_workers),
+    )
 
 
 def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
@@ -104,13 +126,33 @@ def backward_tile(
     if max(tiles) == 64 and score is Score.SCALED:
         return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=128, block_n=128)
     if sum(tiles) <= max_columns_by_keys(score):
-        # Where the accumulators leave the fewest registers, those of a turn are two too many for the staged path.
-        crowded = sum(tiles) > 256 and accumulation is Accumulation.ORDERED
-        dq_path = DqPath.DIRECT if crowded else DqPath.STAGED
-        return BackwardTile(WarpgroupSplit.KEYS, dq_path, block_m=64, block_n=128)
+        return BackwardTile(WarpgroupSplit.KEYS, DqPath.STAGED, block_m=64, block_n=128)
     if tiles[0] % 128 == 0:
         return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=128, num_dout_stages=1)
     return BackwardTile(WarpgroupSplit.COLUMNS, DqPath.DIRECT, block_m=64, block_n=64)
+
+
+def _heads_per_section(problem: BackwardProblem, config: BackwardConfig, num_workers: int) -> int:
+    """As many as fit in the L2 cache; in order at least so many that few of a head's tiles wait for each other."""
+    forward = problem.forward
+    row_bytes = (forward.head_dim + forward.head_dim_v) * config.dtype.num_bytes + config.head_dim * FP32_BYTES
+    heads = L2_QUERY_BYTES // (max(1, forward.max_seqlen_q) * row_bytes)
+    if problem.accumulation is Accumulation.ORDERED:
+        heads = max(heads, -(-num_workers // ORDERED_TILES_OF_A_HEAD))
+    return max(1, min(heads, forward.batch * forward.heads_kv))
+
+
+def _least_heads_in_last_section(problem: ForwardProblem, config: BackwardConfig, num_workers: int) -> int:
+    """So many, or all, are worked on together at the end. A tile takes as long as it is seen by blocks of queries."""
+    if problem.mask.mask is Mask.FULL or problem.max_seqlen_q == 0 or problem.max_seqlen_k == 0:
+        return 1
+
+    def query_blocks(n_block: int) -> int:
+        blocks = (n_block, config.block_m, config.block_n)
+        tile = query_block_range(problem.mask, *blocks, problem.max_seqlen_q, problem.max_seqlen_k)
+        return tile.end - tile.begin
+
+    return heads_that_end_evenly(query_blocks, -(-problem.max_seqlen_k // config.block_n), num_workers)
 
 
 def _checked_tiles(problem: ForwardProblem, name: str, rows: int, what: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 from .block_range import block_range
 from .config import HEAD_DIM_TILES, PROMOTION_KEYS, WARPGROUP_ROWS, ForwardConfig, Mask, SeqLayout
 from .problem import MAX_SEQLEN, ForwardProblem, Packing
+from .sections import heads_that_end_evenly
 from .tile_table import HEAD_DIM_PAIRS, ForwardTile, TileChoice, TileKey, forward_tiles
 
 #: Widest value tile; wider values (up to 512) run as several column passes.
@@ -19,10 +19,6 @@ MAX_TILES = 2**31 - 2**16
 MAX_PACKED_HEADS_LOG2 = WARPGROUP_ROWS.bit_length() - 1
 #: Heads are packed where their tiles are filled less than this share of what packed ones are.
 LEAST_FILLED_UNPACKED = 0.9
-#: Of a head's tiles at most so many are looked at for how much they differ.
-MAX_TILES_LOOKED_AT = 256
-#: Tiles differ little if their mean is more than this share of the longest.
-MEAN_OF_EQUAL_TILES = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +116,7 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
         packed_heads_log2=tiles.packed_heads_log2,
         num_value_passes=tiles.value_passes,
         heads_per_section=_heads_per_section(problem, tiles.heads, choice.l2_kv_bytes),
-        least_heads_in_last_section=_balanced_heads(problem, tiles.m_blocks),
+        least_heads_in_last_section=_least_heads_in_last_section(problem, tiles.m_blocks),
         promoted_floats=num_ctas * config.promoted_floats if problem.max_seqlen_k > PROMOTION_KEYS else 0,
     )
 
@@ -179,23 +175,14 @@ def _heads_per_section(problem: ForwardProblem, num_heads: int, l2_kv_bytes: int
     return max(1, min(kv_heads * per_kv_head, limit))
 
 
-def _balanced_heads(problem: ForwardProblem, num_m_blocks: int) -> int:
-    """Heads whose tiles take all multiprocessors together half as long again as one of them the longest tile.
-
-    With fewer, a section that begins with its longest tiles ends with them alone. A tile takes as long as it sees keys.
-    Where tiles differ little there is nothing to put last.
-    """
+def _least_heads_in_last_section(problem: ForwardProblem, num_m_blocks: int) -> int:
+    """So many, or all, are worked on together at the end. A tile takes as long as it sees keys."""
     if problem.mask.mask is Mask.FULL or num_m_blocks == 0 or problem.max_seqlen_k == 0:
         return 1
     rows = -(-problem.max_seqlen_q // num_m_blocks)  # positions of a tile
 
     def keys(m_block: int) -> int:
         tile = block_range(problem.mask, m_block, rows, 1, problem.max_seqlen_q, problem.max_seqlen_k)
-        return max(1, tile.end - tile.begin)
+        return tile.end - tile.begin
 
-    num_tiles = -(-problem.max_seqlen_q // rows)
-    looked_at = [keys(m_block) for m_block in range(num_tiles - 1, -1, -num_tiles // MAX_TILES_LOOKED_AT)]
-    longest, mean = max(looked_at), sum(looked_at) / len(looked_at)
-    if mean > MEAN_OF_EQUAL_TILES * longest:
-        return 1
-    return math.ceil(1.5 * problem.num_sms * longest / (num_m_blocks * mean))
+    return heads_that_end_evenly(keys, -(-problem.max_seqlen_q // rows), problem.num_sms)

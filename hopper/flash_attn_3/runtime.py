@@ -193,6 +193,8 @@ def backward_launcher(
     *,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    heads_per_section: int,
+    least_heads_in_last_section: int,
     softmax_scale: float,
     score_scale: float,
     exp2_scale: float,
@@ -211,6 +213,7 @@ def backward_launcher(
 
     Args:
         handle: from `load_backward_kernels`.
+        heads_per_section, least_heads_in_last_section: the launch, from `backward_plan.BackwardPlan`.
         softmax_scale: of the scores.
         max_seqlen_q, max_seqlen_k, score_scale, exp2_scale, window_left, window_right, attention_chunk: as in
             `forward_launcher`.
@@ -229,6 +232,8 @@ def backward_launcher(
         handle,
         max_seqlen_q,
         max_seqlen_k,
+        heads_per_section,
+        least_heads_in_last_section,
         softmax_scale,
         score_scale,
         exp2_scale,

@@ -6,7 +6,14 @@ import itertools
 import pytest
 
 from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
-from flash_attn_3.backward_plan import BackwardProblem, BackwardTile, backward_tile, plan_backward
+from flash_attn_3.backward_plan import (
+    L2_QUERY_BYTES,
+    ORDERED_TILES_OF_A_HEAD,
+    BackwardProblem,
+    BackwardTile,
+    backward_tile,
+    plan_backward,
+)
 from flash_attn_3.config import ConfigError, Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
 
@@ -124,6 +131,45 @@ def test_too_many_tiles():
     for side in ("max_seqlen_q", "max_seqlen_k"):
         with pytest.raises(ValueError, match=f"{side}=536870912"):
             plan_backward(problem(**{side: 2**29}, heads_q=1024))
+
+
+def equal_lengths(head_dim: int, seqlen: int, **changes) -> BackwardProblem:
+    """16384 tokens of 2048 features."""
+    heads = 2048 // head_dim
+    sizes = {"batch": 16384 // seqlen, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen, "heads_q": heads}
+    return problem(**{**sizes, "heads_kv": heads, "head_dim": head_dim, "head_dim_v": head_dim, **changes})
+
+
+@pytest.mark.parametrize("seqlen", [512, 2048, 16384])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_queries_of_a_section_stay_in_the_cache(head_dim, seqlen):
+    """A row has 8 bytes for each column: q, dout, and dq in fp32. Of one head they may be more."""
+    plan = plan_backward(equal_lengths(head_dim, seqlen))
+    head_bytes = 8 * head_dim * seqlen
+    assert plan.heads_per_section == max(1, L2_QUERY_BYTES // head_bytes)
+    assert plan_backward(equal_lengths(head_dim, seqlen, batch=1, heads_q=1, heads_kv=1)).heads_per_section == 1
+
+
+def test_heads_of_a_group_count_once():
+    """They take turns in a tile."""
+    plan = plan_backward(equal_lengths(128, 2048, heads_kv=2))
+    assert plan.heads_per_section == L2_QUERY_BYTES // (8 * 128 * 2048)
+
+
+@pytest.mark.parametrize(("head_dim", "workers"), [(64, 132), (128, 132), (256, 66)])
+def test_few_tiles_of_a_head_wait_for_each_other(head_dim, workers):
+    ordered = dataclasses.replace(equal_lengths(head_dim, 2048), accumulation=Accumulation.ORDERED)
+    assert workers / plan_backward(ordered).heads_per_section <= ORDERED_TILES_OF_A_HEAD
+
+
+@pytest.mark.parametrize("seqlen", [512, 2048, 16384])
+@pytest.mark.parametrize(("head_dim", "workers"), [(128, 132), (256, 66)])
+def test_the_last_section_lasts_longer_than_its_longest_tile(head_dim, workers, seqlen):
+    plan = plan_backward(equal_lengths(head_dim, seqlen))
+    block_m, block_n = plan.config.block_m, plan.config.block_n
+    steps = [(seqlen - first_key) / block_m for first_key in range(0, seqlen, block_n)]
+    assert plan.least_heads_in_last_section * sum(steps) / workers >= max(steps)
+    assert plan_backward(equal_lengths(head_dim, seqlen, mask=MaskSpec(Mask.FULL))).least_heads_in_last_section == 1
 
 
 def test_every_axis_makes_a_kernel_of_its_own():

@@ -5,11 +5,12 @@ import dataclasses
 import itertools
 
 import pytest
-from benchmarks import models
+from benchmarks import key_tiles, models
 from hypothesis import given
 from hypothesis import strategies as st
 
 import host_headers
+from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.config import PROMOTION_KEYS, Mask
 from flash_attn_3.problem import UNLIMITED, MaskSpec
 
@@ -67,6 +68,39 @@ def test_windows_end_no_less_evenly_in_sections(head_dim, window):
     found = models.occupancy(head_dim, 16384, order, mask)
     assert found >= models.occupancy(head_dim, 16384, models.head_by_head(*tiles), mask) - 1e-9
     assert found >= 0.97 or window == 1024
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), models.CAUSAL], ids=lambda mask: mask.mask.slug)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
+    """All but what must move once: each block of q, dout and dq, and the keys."""
+    launch = key_tiles.Launch(head_dim, 1024, mask)
+    together = key_tiles.simulate(launch, launch.all_heads_together())
+    planned = key_tiles.simulate(launch, launch.in_planned_sections())
+    assert sorted(launch.in_planned_sections()) == sorted(launch.all_heads_together())
+    once = key_tiles.TOKENS * key_tiles.FEATURES * (2 * 2 + 2 * 4 + 4 * 2)
+    assert once <= planned.bytes_moved < 1.1 * once < 2 * once < together.bytes_moved
+    assert planned.time < 1.02 * together.time
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), models.CAUSAL], ids=lambda mask: mask.mask.slug)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_few_wait_for_their_turn(head_dim, mask):
+    unordered = key_tiles.Launch(head_dim, 2048, mask)
+    ordered = dataclasses.replace(unordered, accumulation=Accumulation.ORDERED)
+    time = key_tiles.simulate(unordered, unordered.in_planned_sections()).time
+    assert key_tiles.simulate(ordered, ordered.in_planned_sections()).time < 1.05 * time
+    one_head_after_the_other = key_tiles.simulate(ordered, ordered.in_sections(1, 0))
+    assert one_head_after_the_other.time > 1.05 * time
+
+
+def test_a_tile_waits_for_the_one_before():
+    """By hand: a head of two blocks of keys and one of queries, of which the second adds after the first's turn."""
+    launch = key_tiles.Launch(128, 64, MaskSpec(Mask.FULL), Accumulation.ORDERED)
+    time, steps = key_tiles.run_tiles(launch, [(0, 0), (0, 0)], turn=5.0)
+    assert [(step.time, step.m_block) for step in steps] == [(1.5, 0), (1.5, 0)]
+    assert time == 1.5 + 1.0 + 5.0 + 1.5
+    assert [key_tiles.count_misses(steps, blocks) for blocks in (1, 2)] == [1, 1]
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))

@@ -1,23 +1,30 @@
-// The backward main kernel: one CTA per block of keys of one key head, with one producer thread and two consumer
-// warpgroups.
+// The backward main kernel: one CTA per block of keys of one key head, with one producer thread, two consumer
+// warpgroups and, for each of these, one thread that adds its dq to memory.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "../core/schedule.h"
+#include "adder.cuh"
 #include "epilogue.cuh"
 #include "load.cuh"
 #include "mma.cuh"
 
 namespace fa {
 
-// The longest tiles come first: under a causal mask the first keys are seen by all queries.
+// Tiles of a head follow each other closely, so that they find its queries, and dq in fp32, in the L2 cache. The
+// longest come first: under a causal mask the first keys are seen by all queries.
 template <class Traits>
 FA_DEVICE KeyTile key_tile(const BackwardParams& params, int index) {
-  const int num_heads = params.batch * params.heads_kv;
+  const TileRank position =
+      tile_rank_in_sections(index, ceil_div(params.seqlen_k, Traits::kBlockN), params.batch * params.heads_kv,
+                            {params.heads_per_section, params.least_heads_in_last_section});
   KeyTile tile;
-  tile.n_block = index / num_heads;
-  tile.batch = index % num_heads / params.heads_kv;
-  tile.head_kv = index % num_heads % params.heads_kv;
+  tile.n_block = position.rank;
+  tile.batch = position.head / params.heads_kv;
+  tile.head_kv = position.head % params.heads_kv;
+  tile.num_heads_q = params.heads_q / params.heads_kv;
+  tile.first_head_q = tile.head_kv * tile.num_heads_q;
   tile.q = query_sequence<Traits::kSeqLayout>(params, tile.batch);
   tile.k = key_sequence<Traits::kSeqLayout>(params, tile.batch);
   tile.scratch_row = scratch_row<Traits>(params, tile.q, tile.batch);
@@ -32,6 +39,7 @@ FA_DEVICE void init_barriers(BackwardControl<Traits>& control) {
   Barrier::init(&control.v_full, 1);
   control.q.init(1, kConsumers);
   control.dout.init(1, kConsumers);
+  for (Ring<1>& dq : control.dq) dq.init(kWarpgroupThreads / kWarpThreads, 1);
   control.other_ds.init(1, kConsumers);
   for (int32_t*& turn : control.turn) turn = nullptr;
   cutlass::arch::fence_barrier_init();
@@ -60,6 +68,22 @@ FA_DEVICE void begin_tile(const BackwardParams& params, BackwardControl<Traits>&
   __syncthreads();
 }
 
+// By one thread of each of its warps: the first one loads, and with DqPath::kStaged the next ones are the consumer
+// warpgroups' adders.
+template <class Traits>
+FA_DEVICE void run_first_warpgroup(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile) {
+  if (threadIdx.x % kWarpThreads != 0) return;
+  const int warp = threadIdx.x / kWarpThreads;
+  if (warp == 0) {
+    BackwardProducer<Traits>(params, smem, tile).run();
+  } else if constexpr (Traits::kDqPath == DqPath::kStaged) {
+    const int warpgroup = warp - 1;
+    if (warpgroup < BackwardShape<Traits>::kNumConsumerWarpgroups) {
+      DqAdder<Traits>(params, smem, tile, warpgroup).run();
+    }
+  }
+}
+
 template <class Traits>
 FA_DEVICE void backward_kernel(const BackwardParams& params) {
   using Shape = BackwardShape<Traits>;
@@ -73,7 +97,7 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   const int warpgroup = threadIdx.x / kWarpgroupThreads;
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) BackwardProducer<Traits>(params, smem, tile).run();
+    run_first_warpgroup<Traits>(params, smem, tile);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
     // What the main loop needs in every step; what is needed but rarely is read again, since registers are scarce.

@@ -3,7 +3,7 @@
 
 #include "../core/copy.cuh"
 #include "key_chunks.cuh"
-#include "smem.cuh"
+#include "query_order.cuh"
 
 namespace fa {
 
@@ -16,12 +16,9 @@ class BackwardProducer {
   // By one thread.
   FA_DEVICE void run() {
     load_keys();
-    const int group = params_.heads_q / params_.heads_kv;
-    for (int head = 0; head < group; ++head) {
-#pragma unroll 1
-      for (int m_block = tile_.blocks.begin; m_block < tile_.blocks.end; ++m_block) {
-        load_queries(tile_.head_kv * group + head, m_block);
-      }
+    for (int head = 0; head < tile_.num_heads_q; ++head) {
+      for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end,
+                                   [&](int m_block) { load_queries(tile_.first_head_q + head, m_block); });
     }
   }
 

@@ -9,11 +9,11 @@
 // for all 128 keys, so that half as much is added to memory.
 #pragma once
 
-#include "add_dq.cuh"
 #include "barriers.cuh"
 #include "key_chunks.cuh"
 #include "products.cuh"
 #include "score_gradients.cuh"
+#include "write_dq.cuh"
 
 namespace fa {
 
@@ -31,8 +31,8 @@ class ColumnSplitMma {
         control_(smem.control),
         tile_(tile),
         warpgroup_(warpgroup),
-        gradients_(params, tile, first_key<Traits>(tile, tile_rank<Traits>())),
-        adder_({params, smem.control, tile, warpgroup}, smem.exchange) {}
+        gradients_(params, tile, tile_rank<Traits>() * Shape::kTileKeys),
+        dq_output_(params, smem, tile, warpgroup) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
@@ -41,9 +41,8 @@ class ColumnSplitMma {
     if constexpr (kAddsLater) begin_pending_dq();
     Barrier::wait(&control_.k_full, 0);
     Barrier::wait(&control_.v_full, 0);
-    const int group = params_.heads_q / params_.heads_kv;
-    for (int head = 0; head < group; ++head) {
-      head_q_ = tile_.head_kv * group + head;
+    for (int head = 0; head < tile_.num_heads_q; ++head) {
+      head_q_ = tile_.first_head_q + head;
       if (warpgroup_ == 0) {
         run_probabilities();
       } else {
@@ -65,32 +64,18 @@ class ColumnSplitMma {
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
 
   FA_DEVICE void run_probabilities() {
-    const BlockRange& blocks = tile_.blocks;
-    int m_block = blocks.begin;
-    if constexpr (Traits::kMask != Mask::kFull) {
-      run_probabilities<BlockKind::kEdge>(m_block, blocks.full_begin);
-    }
-    run_probabilities<BlockKind::kFull>(m_block, blocks.full_end);
-    run_probabilities<BlockKind::kEdge>(m_block, blocks.end);
-  }
-
-  template <BlockKind kKind>
-  FA_DEVICE void run_probabilities(int& m_block, int end) {
-#pragma unroll 1
-    for (; m_block < end; ++m_block) {
+    for_each_query_block_by_kind<Traits>(tile_.blocks, [&](auto kind, int m_block) {
       const int stage = stage_.index();
-      share_probabilities<kKind>(m_block, stage);
+      share_probabilities<decltype(kind)::value>(m_block, stage);
       control_.dout.wait_full(dout_at());
       issue_dv();
       await_warpgroup(kScoreGradientsBarrier);
       finish_step(m_block, stage);
-    }
+    });
   }
 
   FA_DEVICE void run_score_gradients() {
-    const int end = tile_.blocks.end;
-#pragma unroll 1
-    for (int m_block = tile_.blocks.begin; m_block < end; ++m_block) {
+    for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end, [&](int m_block) {
       const int stage = stage_.index();
       signal_warpgroup(kBuffersFreeBarrier);
       if constexpr (kPaired) {
@@ -99,7 +84,7 @@ class ColumnSplitMma {
       share_score_gradients();
       control_.q.wait_full(stage_);
       finish_step(m_block, stage);
-    }
+    });
   }
 
   // The first warpgroup's part: P^T, and with a softcap the weights of dS^T in its place.
@@ -159,7 +144,7 @@ class ColumnSplitMma {
     } else {
       make_dq(m_block, stage);
     }
-    adder_.end_step();
+    dq_output_.end_step();
     stage_.advance();
   }
 
@@ -171,7 +156,7 @@ class ColumnSplitMma {
     fence_fragment(dv);
     fence_fragment(dq_);
     if (leads()) control_.dout.release(dout_at());
-    adder_.template add<0>(dq_, head_q_, m_block);
+    dq_output_.template add<0>(dq_, {head_q_, m_block, stage_.count});
     // Once in a step nothing is in flight: ptxas serialises products that stay in flight from step to step.
     cute::warpgroup_wait<0>();
     fence_fragment(dk);
@@ -205,19 +190,19 @@ class ColumnSplitMma {
       pending_head_ = head_q_;
       pending_block_ = m_block;
     } else {
-      adder_.template add<0>(dq_, head_q_, m_block);
+      dq_output_.template add<0>(dq_, {head_q_, m_block, stage_.count});
     }
   }
 
   // Before the first one zeros for the first block: with a branch around it ptxas would serialise products in flight.
   FA_DEVICE void begin_pending_dq() {
     clear_fragment(pending_dq_);
-    pending_head_ = tile_.head_kv * (params_.heads_q / params_.heads_kv);
+    pending_head_ = tile_.first_head_q;
     pending_block_ = tile_.blocks.begin;
   }
 
   FA_DEVICE void add_pending_dq() {
-    if constexpr (kAddsLater) adder_.template add<0>(pending_dq_, pending_head_, pending_block_);
+    if constexpr (kAddsLater) dq_output_.template add<0>(pending_dq_, {pending_head_, pending_block_, 0});
   }
 
   FA_DEVICE void send_ds() {
@@ -282,7 +267,7 @@ class ColumnSplitMma {
   const KeyTile& tile_;
   int warpgroup_;
   ScoreGradients<Traits> gradients_;
-  DqAdder<Traits> adder_;
+  DqOutput<Traits> dq_output_;
   int head_q_ = 0;
   float dq_[Shape::kDqColumns / 2];
   // With kAddsLater:

@@ -4,11 +4,11 @@
 // Only dS goes through shared memory, for dQ, to which all warpgroups' keys contribute.
 #pragma once
 
-#include "add_dq.cuh"
 #include "barriers.cuh"
 #include "key_chunks.cuh"
 #include "products.cuh"
 #include "score_gradients.cuh"
+#include "write_dq.cuh"
 
 namespace fa {
 
@@ -24,27 +24,22 @@ class KeySplitMma {
       : params_(params),
         smem_(smem),
         control_(smem.control),
-        tile_(tile),
         warpgroup_(warpgroup),
-        gradients_(params, tile, first_key<Traits>(tile, 0) + warpgroup * kWarpgroupRows),
-        adder_({params, smem.control, tile, warpgroup}, smem.exchange) {}
+        gradients_(params, smem.control.tile, warpgroup * kWarpgroupRows),
+        dq_output_(params, smem, tile, warpgroup) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
     clear_fragment(dv);
-    if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, tile_);
+    if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, control_.tile);
     Barrier::wait(&control_.k_full, 0);
     Barrier::wait(&control_.v_full, 0);
-    const int group = params_.heads_q / params_.heads_kv;
-    for (int head = 0; head < group; ++head) {
-      head_q_ = tile_.head_kv * group + head;
-      const BlockRange& blocks = tile_.blocks;
-      int m_block = blocks.begin;
-      if constexpr (Traits::kMask != Mask::kFull) run_blocks<BlockKind::kEdge>(m_block, blocks.full_begin);
-      run_blocks<BlockKind::kFull>(m_block, blocks.full_end);
-      run_blocks<BlockKind::kEdge>(m_block, blocks.end);
+    // What bounds the loops is read again where it is needed: registers are scarce.
+    const KeyTile& tile = control_.tile;
+    for (head_ = 0; head_ < tile.num_heads_q; ++head_) {
+      for_each_query_block_by_kind<Traits>(tile.blocks,
+                                           [&](auto kind, int m_block) { step<decltype(kind)::value>(m_block); });
     }
-    adder_.end_tile();
   }
 
  private:
@@ -60,12 +55,6 @@ class KeySplitMma {
   static_assert(!(kRoundsWeights && kSoftcap), "a rounded P has lost the slope");
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
-
-  template <BlockKind kKind>
-  FA_DEVICE void run_blocks(int& m_block, int end) {
-#pragma unroll 1
-    for (; m_block < end; ++m_block) step<kKind>(m_block);
-  }
 
   template <BlockKind kKind>
   FA_DEVICE void step(int m_block) {
@@ -85,14 +74,14 @@ class KeySplitMma {
     fence_fragment(p);
     fence_fragment(dq);
     if (leads()) control_.dout.release(dout_at());
-    adder_.template add<0>(dq, head_q_, m_block);
-    if constexpr (Shape::kDqColumns > Shape::kDqSliceColumns) add_rest_of_dq(m_block);
+    dq_output_.template add<0>(dq, dq_block(m_block));
+    if constexpr (Shape::kNumDqSlices > 1) add_rest_of_dq(m_block);
     // Once in a step nothing is in flight: ptxas serialises products that stay in flight from step to step.
     cute::warpgroup_wait<0>();
     fence_fragment(dk);
     if constexpr (kScoresTogether) fence_fragment(ds_);
     if (leads()) control_.q.release(stage_);
-    adder_.end_step();
+    dq_output_.end_step();
     stage_.advance();
   }
 
@@ -144,6 +133,7 @@ class KeySplitMma {
   }
 
   FA_DEVICE RingState<Traits::kNumDoutStages> dout_at() const { return {stage_.count}; }
+  FA_DEVICE DqBlock dq_block(int m_block) const { return {control_.tile.first_head_q + head_, m_block, stage_.count}; }
   FA_DEVICE uint8_t* ds_tile() { return smem_.exchange.ds[stage_.count % 2]; }
 
   FA_DEVICE uint32_t key_rows(const uint8_t* tile, int swizzle) const {
@@ -215,18 +205,17 @@ class KeySplitMma {
     issue_dq_slice<typename Traits::DqRestMma, Shape::kDqSliceColumns>(dq);
     cute::warpgroup_wait<0>();
     fence_fragment(dq);
-    adder_.template add<Shape::kDqSliceColumns / 2>(dq, head_q_, m_block);
+    dq_output_.template add<Shape::kDqSliceColumns / 2>(dq, dq_block(m_block));
   }
 
   const BackwardParams& params_;
   BackwardSmem<Traits>& smem_;
   BackwardControl<Traits>& control_;
-  const KeyTile& tile_;
   int warpgroup_;
   ScoreGradients<Traits> gradients_;
-  DqAdder<Traits> adder_;
-  int head_q_ = 0;
-  Packed ds_;  // A operand of dK
+  DqOutput<Traits> dq_output_;
+  int head_ = 0;  // of those that share the keys
+  Packed ds_;     // A operand of dK
   RingState<Traits::kNumStages> stage_;
 };
 

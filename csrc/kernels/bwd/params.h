@@ -63,6 +63,9 @@ struct alignas(128) BackwardParams {
   int32_t row_bound_k;   // size of the row dimension of the k, v, dk and dv maps
   int32_t num_m_blocks;  // of the longest query sequence
 
+  int32_t heads_per_section;            // core/schedule.h; of (batch, key head) pairs
+  int32_t least_heads_in_last_section;  // the same
+
   float softmax_scale;  // of dq and dk: a score's gradient times this, with the softcap's slope included
   float score_scale;    // as in ForwardParams
   float exp2_scale;     // as in ForwardParams

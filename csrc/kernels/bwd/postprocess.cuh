@@ -1,6 +1,7 @@
 // After the main kernel: dq from the order of the accumulators into rows, scaled and rounded.
 //
-// One CTA for each block of query rows of one head and sequence, with a warpgroup for each part of it (add_dq.cuh).
+// One CTA for each block of query rows of one head and sequence, with a warpgroup for each part of it (dq_part.cuh).
+// The last ones come first: of those, the main kernel's sums are still in the L2 cache.
 #pragma once
 
 #include "../core/fragment.cuh"
@@ -15,7 +16,7 @@ class Postprocess {
   static constexpr int kNumThreads = Shape::kNumDqParts * kWarpgroupThreads;
 
   FA_DEVICE explicit Postprocess(const BackwardParams& params)
-      : params_(params), block_(query_block<Traits>(params, blockIdx.x)) {}
+      : params_(params), block_(query_block<Traits>(params, gridDim.x - 1 - blockIdx.x)) {}
 
   FA_DEVICE void run() const {
     if (block_.m_block * Traits::kBlockM >= block_.q.length) return;

@@ -23,7 +23,8 @@ class Preprocess {
     if (Traits::kSeqLayout == SeqLayout::kVarlen && int(blockIdx.x) >= num_blocks) {
       return UnusedRows<Traits>(params_, blockIdx.x - num_blocks).clear();
     }
-    block_ = query_block<Traits>(params_, blockIdx.x);
+    // The last ones first: the main kernel finds in the L2 cache what it begins with.
+    block_ = query_block<Traits>(params_, num_blocks - 1 - int(blockIdx.x));
     if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
     clear_dq();
     // The same number of passes for all threads: rows are summed by neighbours together.

@@ -4,11 +4,9 @@
 
 #include "../core/fragment.cuh"
 #include "../core/stage.cuh"
-#include "smem.cuh"
+#include "query_order.cuh"
 
 namespace fa {
-
-enum class BlockKind { kFull, kEdge };
 
 // Of one warpgroup's 64 keys, the rows, against a block of queries. The weight of a pair in dS is its probability,
 // times the softcap's slope.
@@ -20,7 +18,7 @@ class ScoreGradients {
 
   static constexpr bool kSoftcap = Traits::kScore == Score::kSoftcap;
 
-  // `first_key`: of the warpgroup.
+  // `first_key`: the warpgroup's first among the tile's.
   FA_DEVICE ScoreGradients(const BackwardParams& params, const KeyTile& tile, int first_key)
       : params_(params), tile_(tile), first_key_(first_key) {}
 
@@ -92,7 +90,7 @@ class ScoreGradients {
     const int first_query = m_block * Traits::kBlockM + fragment_column();
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int key = first_key_ + fragment_row() + 8 * r;
+      const int key = tile_.n_block * Traits::kBlockN + first_key_ + fragment_row() + 8 * r;
       const KeyRange rows = visibility<Traits>(params_, tile_).rows(key);
       queries[r] = {key < tile_.k.length ? rows.begin - first_query : Traits::kBlockM, rows.end - first_query};
     }

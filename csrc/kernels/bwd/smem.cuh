@@ -52,6 +52,7 @@ struct BackwardShape {
   static_assert(kDqFloats == kNumDqParts * kDqPartFloats);
   // Columns of a part that are made at once.
   static constexpr int kDqSliceColumns = kSplitsColumns ? kDqColumns : min_of(kDqColumns, kMaxDqSliceColumns);
+  static constexpr int kNumDqSlices = ceil_div(kDqColumns, kDqSliceColumns);
   // What goes through shared memory, of all warpgroups.
   static constexpr int kDqStagedBytes =
       Traits::kDqPath == DqPath::kDirect ? 0 : kNumConsumerWarpgroups * kWarpgroupRows * kDqSliceColumns * 4;
@@ -84,6 +85,7 @@ struct KeyTile {
   int n_block;
   int batch;
   int head_kv;
+  int first_head_q, num_heads_q;  // that share the keys
   Sequence q;
   Sequence k;
   BlockRange blocks;    // of queries
@@ -95,10 +97,11 @@ struct BackwardControl {
   uint64_t k_full, v_full;
   SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2
   SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta
+  Ring<1> dq[BackwardShape<Traits>::kNumConsumerWarpgroups];                     // DqPath::kStaged: each one's buffer
   Ring<2> other_ds;  // the other CTA's dS; `empty`: that of this CTA at the other
   KeyTile tile;
   int tile_index;                                                // Accumulation::kOrdered: of a cluster
-  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // with Accumulation::kOrdered (bwd/turn.cuh)
+  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // DqPath::kDirect: of ordered additions (bwd/turn.cuh)
 };
 
 // dq on its way to memory.

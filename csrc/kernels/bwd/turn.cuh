@@ -18,7 +18,7 @@ FA_DEVICE int take_tile(TileCounter* counter, int num_tiles) {
 // have added to it; those that see its queries do so from the first to the last. To be used by one thread.
 class DqTurn {
  public:
-  // `counter`: in shared memory, since registers are scarce; null.
+  // `counter`: null. Consumers have it in shared memory, since their registers are scarce.
   FA_DEVICE explicit DqTurn(int32_t*& counter) : counter_(counter) {}
 
   // Until all blocks of keys before have added to the part that `counter` belongs to. `predecessors`: how many they

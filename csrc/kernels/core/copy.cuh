@@ -1,6 +1,7 @@
 // Copies by TMA.
 #pragma once
 
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 

@@ -1,0 +1,147 @@
+"""A model of the backward pass's main kernel: what the order of its tiles costs in memory traffic and in waiting.
+
+Each multiprocessor (or cluster of them) takes the next tile when it is free. A tile takes a step for each block of
+queries that sees its keys, and as much for its two ends as `TILE_ENDS` steps. In a step it reads the block's q and dout
+and adds to its dq, by way of an L2 cache that forgets what was longest unused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+from flash_attn_3.backward_config import FP32_BYTES, Accumulation
+from flash_attn_3.backward_plan import BackwardPlan, BackwardProblem, plan_backward
+from flash_attn_3.block_range import query_block_range
+from flash_attn_3.config import Dtype, Score, SeqLayout
+from flash_attn_3.problem import HOPPER_SMS, ForwardProblem, MaskSpec
+
+TOKENS, FEATURES = 16384, 2048
+TILE_ENDS = 3.0
+#: After a tile has added to a block, in steps: until the next one in order may.
+TURN = 0.7
+#: Of the 50 MB: what is read by all multiprocessors takes its place twice.
+CACHE_BYTES = 30 * 2**20
+#: What a step's products take on an H200 at 85 % of the tensor cores' peak, and what its memory moves at best.
+STEP_MICROSECONDS = 2560 / 1.7e3 / 0.85
+MEMORY_BYTES_PER_MICROSECOND = 4.2e6
+
+#: (block of keys, head) in the order in which tiles are handed out.
+Tiles = Iterable[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A problem of `TOKENS` tokens and `FEATURES` features, and the planner's answer."""
+
+    head_dim: int
+    seqlen: int
+    mask: MaskSpec
+    accumulation: Accumulation = Accumulation.UNORDERED
+
+    @property
+    def num_heads(self) -> int:
+        """Of all sequences."""
+        return TOKENS // self.seqlen * (FEATURES // self.head_dim)
+
+    @property
+    def plan(self) -> BackwardPlan:
+        heads = FEATURES // self.head_dim
+        forward = ForwardProblem(
+            *(Dtype.BF16, TOKENS // self.seqlen, self.seqlen, self.seqlen, heads, heads, self.head_dim, self.head_dim),
+            *(self.mask, Score.SCALED, SeqLayout.DENSE, HOPPER_SMS),
+        )
+        return plan_backward(BackwardProblem(forward, self.accumulation))
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.seqlen // self.plan.config.block_n)
+
+    def all_heads_together(self) -> Tiles:
+        """The first tiles of all heads, then the second ones, and so on."""
+        return self.in_sections(self.num_heads, 0)
+
+    def in_planned_sections(self) -> Tiles:
+        return self.in_sections(self.plan.heads_per_section, self.plan.least_heads_in_last_section)
+
+    def in_sections(self, heads: int, least_last: int) -> Iterator[tuple[int, int]]:
+        first = 0
+        while first < self.num_heads:
+            rest = self.num_heads - first
+            end = first + (heads if rest - heads >= max(1, least_last) else rest)
+            for n_block in range(self.num_key_blocks):
+                yield from ((n_block, head) for head in range(first, end))
+            first = end
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A tile begins to work on a block of queries of a head."""
+
+    time: float
+    head: int
+    m_block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of a launch, in steps; `bytes_moved` between memory and the cache."""
+
+    time: float
+    bytes_moved: int
+
+    @property
+    def microseconds(self) -> float:
+        """By what takes longer, the products or the memory."""
+        return max(self.time * STEP_MICROSECONDS, self.bytes_moved / MEMORY_BYTES_PER_MICROSECOND)
+
+
+def simulate(launch: Launch, tiles: Tiles, turn: float = TURN) -> Outcome:
+    """Time and traffic of a launch whose tiles are handed out in this order."""
+    time, steps = run_tiles(launch, tiles, turn)
+    config = launch.plan.config
+    row_bytes = launch.head_dim * config.dtype.num_bytes
+    # q and dout are read; dq is read, and written when it leaves the cache. k, v, dk and dv pass once.
+    block_bytes = config.block_m * (2 * row_bytes + 2 * launch.head_dim * FP32_BYTES)
+    cached_bytes = config.block_m * (2 * row_bytes + launch.head_dim * FP32_BYTES)
+    misses = count_misses(steps, CACHE_BYTES // cached_bytes)
+    return Outcome(time, misses * block_bytes + launch.num_heads * launch.seqlen * 4 * row_bytes)
+
+
+def run_tiles(launch: Launch, tiles: Tiles, turn: float) -> tuple[float, list[Step]]:
+    """(when the last tile ends, all steps). A tile waits only for tiles that were handed out before it."""
+    config = launch.plan.config
+    ordered = launch.accumulation is Accumulation.ORDERED
+    free_at = [0.0] * (HOPPER_SMS // config.cluster_size)
+    next_turn: dict[tuple[int, int], float] = {}
+    steps = []
+    for n_block, head in tiles:
+        time = free_at[0] + TILE_ENDS / 2
+        blocks = query_block_range(launch.mask, n_block, config.block_m, config.block_n, launch.seqlen, launch.seqlen)
+        m_blocks = range(blocks.begin, blocks.end)
+        for m_block in reversed(m_blocks) if ordered else m_blocks:
+            steps.append(Step(time, head, m_block))
+            time += 1.0
+            if ordered:
+                time = max(time, next_turn.get((head, m_block), 0.0))
+                next_turn[head, m_block] = time + turn
+        heapq.heapreplace(free_at, time + TILE_ENDS / 2)
+    return max(free_at), steps
+
+
+def count_misses(steps: list[Step], cached_blocks: int) -> int:
+    """Steps whose block is not among the `cached_blocks` that were used last."""
+    cache: OrderedDict[tuple[int, int], None] = OrderedDict()
+    misses = 0
+    for step in sorted(steps, key=lambda step: step.time):
+        block = step.head, step.m_block
+        if block in cache:
+            cache.move_to_end(block)
+            continue
+        misses += 1
+        cache[block] = None
+        if len(cache) > cached_blocks:
+            cache.popitem(last=False)
+    return misses

@@ -1,0 +1,79 @@
+// How consumer warpgroups hand over their parts of dq.
+#pragma once
+
+#include <type_traits>
+
+#include "../core/stage.cuh"
+#include "dq_part.cuh"
+
+namespace fa {
+
+// DqPath::kStaged: to shared memory, slice by slice, from where the warpgroup's adder takes them (adder.cuh).
+template <class Traits>
+class StagedDq {
+ public:
+  FA_DEVICE StagedDq(const BackwardParams&, BackwardSmem<Traits>& smem, const KeyTile&, int) : smem_(smem) {}
+
+  // Registers from kFirst on of all that the thread has of the part.
+  template <int kFirst, int kSize>
+  FA_DEVICE void add(const float (&dq)[kSize], const DqBlock& block) {
+    // Known to be the same in a warp, so that no addresses are kept from step to step: registers are scarce.
+    const int warpgroup = same_in_warp(threadIdx.x / kWarpgroupThreads) - 1;
+    Ring<1>& ring = smem_.control.dq[warpgroup];
+    float4* const to = reinterpret_cast<float4*>(smem_.exchange.dq[warpgroup]) + threadIdx.x % kWarpgroupThreads;
+    ring.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      to[i / 4 * kWarpgroupThreads] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+    }
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) Barrier::arrive(&ring.full[0]);
+  }
+
+  FA_DEVICE void end_step() {}
+
+ private:
+  BackwardSmem<Traits>& smem_;
+};
+
+// DqPath::kDirect: straight from registers to memory.
+template <class Traits>
+class DirectDq {
+ public:
+  FA_DEVICE DirectDq(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
+      : part_(params, tile, warpgroup), turn_(smem.control.turn[warpgroup]) {}
+
+  template <int kFirst, int kSize>
+  FA_DEVICE void add(const float (&dq)[kSize], const DqBlock& block) {
+    if constexpr (DqPart<Traits>::kOrdered && kFirst == 0) {
+      if (leads()) part_.wait_turn(turn_, block);
+      sync_warpgroup(part_.warpgroup());
+    }
+    float* const to = part_.address(block) + threadIdx.x % kWarpgroupThreads * 4;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      reduce_add(to + (kFirst + i) * kWarpgroupThreads, make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]));
+    }
+  }
+
+  // With an order of additions: until all threads' are done in memory, for the next in line.
+  FA_DEVICE void end_step() {
+    if constexpr (DqPart<Traits>::kOrdered) {
+      __threadfence();
+      sync_warpgroup(part_.warpgroup());
+      if (leads()) turn_.pass_on();
+    }
+  }
+
+ private:
+  FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
+
+  DqPart<Traits> part_;
+  DqTurn turn_;
+};
+
+template <class Traits>
+using DqOutput = std::conditional_t<Traits::kDqPath == DqPath::kStaged, StagedDq<Traits>, DirectDq<Traits>>;
+
+}  // namespace fa

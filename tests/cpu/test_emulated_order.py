@@ -1,0 +1,118 @@
+"""In which order gradients are added up, in the emulator: tiles in several sections, adders, and turns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import pytest
+import torch
+from tests.gpu.cases import GradientCase
+from tests.gpu.sanitizer_gradients import run_case
+
+import emulation
+from emulation import Emulator, SourceChange
+from flash_attn_3 import backward_launch, compiler
+from flash_attn_3.backward_plan import BackwardPlan, BackwardProblem, plan_backward
+
+DENSE = {"batch": 2, "seqlen_q": 200, "seqlen_k": 400, "heads_q": 4, "heads_kv": 2}
+VARLEN = {"lens_q": (70, 0, 300), "lens_k": (200, 5, 130), "heads_q": 2, "heads_kv": 2}
+CASES = [
+    GradientCase(64, **DENSE, causal=True),
+    GradientCase(128, **DENSE),
+    GradientCase(128, **VARLEN, causal=True),
+    GradientCase(64, **DENSE, causal=True, deterministic=True),
+    GradientCase(128, **VARLEN, window_size=(50, 20), deterministic=True),
+    GradientCase(256, **DENSE, causal=True, deterministic=True),
+]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    machine = emulation.EmulatedMachine(tmp_path_factory.mktemp("emulated_order"))
+    yield machine.call
+    machine.close()
+
+
+def differentiate(
+    emulator: Emulator,
+    case: GradientCase,
+    seeds: Iterable[int],
+    sections: tuple[int, int] | None = None,
+    defect: SourceChange | None = None,
+) -> list[tuple[torch.Tensor, ...]]:
+    """Gradients, checked, of each seed. `sections`: heads in one, and in the last one at least."""
+
+    def plan(problem: BackwardProblem) -> BackwardPlan:
+        planned = plan_backward(problem)
+        if sections is None:
+            return planned
+        heads, least_last = sections
+        return dataclasses.replace(planned, heads_per_section=heads, least_heads_in_last_section=least_last)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_launch, "plan_backward", plan)
+        patch.setattr(compiler, "get_kernel", lambda config: emulator.kernel(config, defect_of(config, defect)))
+        for seed in seeds:
+            emulator.seed(seed)
+            found.append(run_case(case, "cpu"))
+    return found
+
+
+def defect_of(config, defect: SourceChange | None) -> SourceChange | None:
+    """Forward kernels stay right."""
+    return defect if config.FAMILY == "bwd" else None
+
+
+@pytest.mark.parametrize("sections", [(1, 0), (1, 3), (4, 100)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sections(machine, case, sections):
+    """R3: whatever is worked on together, the order of additions is the same."""
+    first, *rest = machine(differentiate, case, range(3), sections)
+    (expected,) = machine(differentiate, case, [0])
+    for gradients in (first, *rest):
+        same = slice(0 if case.deterministic else 1, None)  # dk and dv have one writer
+        assert all(torch.equal(x, y) for x, y in zip(expected[same], gradients[same], strict=True))
+
+
+#: Long sums, rounded so little that another order shows.
+ORDERED = GradientCase(
+    64, dtype=torch.float16, batch=1, seqlen_q=300, seqlen_k=900, heads_q=4, heads_kv=2, deterministic=True
+)
+PLAIN = CASES[0]
+DEFECTS = [
+    # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
+    (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "    cute::tma_store_wait<0>();\n", "")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n", "")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.release(at);\n", "")),
+    # Taken before all warps have written.
+    (PLAIN, SourceChange("bwd/kernel.cuh", "dq.init(kWarpgroupThreads / kWarpThreads, 1)", "dq.init(2, 1)")),
+    # A turn that nobody waits for, is passed on too early, or by nobody.
+    (ORDERED, SourceChange("bwd/adder.cuh", "part_.wait_turn(turn, block);", "{}")),
+    (ORDERED, SourceChange("bwd/turn.cuh", "    wait_bulk_groups_done();\n", "")),
+    (ORDERED, SourceChange("bwd/adder.cuh", "turn.pass_on_after_copies();", "{}")),
+    # Blocks of queries that the producer loads in another order.
+    (
+        ORDERED,
+        SourceChange(
+            "bwd/load.cuh",
+            "load_queries(tile_.first_head_q + head, m_block)",
+            "load_queries(tile_.first_head_q + head, tile_.blocks.end - 1 - m_block)",
+        ),
+    ),
+    # A tile that is worked on twice.
+    (PLAIN, SourceChange("core/schedule.h", "first_head + rest % heads};\n}\n\n// Of", "first_head};\n}\n\n// Of")),
+]
+
+
+@pytest.mark.parametrize(("case", "defect"), DEFECTS, ids=range(len(DEFECTS)))
+def test_a_defect_shows(machine, case, defect):
+    """Wrong, stuck, or, where order matters, not the same bits."""
+    try:
+        first, *rest = machine(differentiate, case, range(9), (2, 0), defect)
+    except (AssertionError, RuntimeError):
+        return
+    assert case.deterministic
+    assert not all(torch.equal(first[0], gradients[0]) for gradients in rest)
