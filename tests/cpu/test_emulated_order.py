@@ -83,7 +83,7 @@ ORDERED = GradientCase(
 PLAIN = CASES[0]
 DEFECTS = [
     # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
-    (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
+    (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
     (PLAIN, SourceChange("bwd/adder.cuh", "    cute::tma_store_wait<0>();\n", "")),
     (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n", "")),
     (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.release(at);\n", "")),

@@ -94,7 +94,8 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
   const KeyTile& tile = smem.control.tile;
   if (tile.n_block * Traits::kBlockN >= tile.k.length) return;
 
-  const int warpgroup = threadIdx.x / kWarpgroupThreads;
+  // Known to be the same in a warp: consumers' addresses then need no registers of each thread.
+  const int warpgroup = same_in_warp(threadIdx.x / kWarpgroupThreads);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Shape::kProducerRegisters>();
     run_first_warpgroup<Traits>(params, smem, tile);

@@ -12,29 +12,28 @@ namespace fa {
 template <class Traits>
 class StagedDq {
  public:
-  FA_DEVICE StagedDq(const BackwardParams&, BackwardSmem<Traits>& smem, const KeyTile&, int) : smem_(smem) {}
+  FA_DEVICE StagedDq(const BackwardParams&, BackwardSmem<Traits>& smem, const KeyTile&, int warpgroup)
+      : ring_(smem.control.dq[warpgroup]), buffer_(smem.exchange.dq[warpgroup]) {}
 
   // Registers from kFirst on of all that the thread has of the part.
   template <int kFirst, int kSize>
   FA_DEVICE void add(const float (&dq)[kSize], const DqBlock& block) {
-    // Known to be the same in a warp, so that no addresses are kept from step to step: registers are scarce.
-    const int warpgroup = same_in_warp(threadIdx.x / kWarpgroupThreads) - 1;
-    Ring<1>& ring = smem_.control.dq[warpgroup];
-    float4* const to = reinterpret_cast<float4*>(smem_.exchange.dq[warpgroup]) + threadIdx.x % kWarpgroupThreads;
-    ring.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));
+    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));
+    float4* const to = reinterpret_cast<float4*>(buffer_) + threadIdx.x % kWarpgroupThreads;
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
       to[i / 4 * kWarpgroupThreads] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
     }
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) Barrier::arrive(&ring.full[0]);
+    if (threadIdx.x % kWarpThreads == 0) Barrier::arrive(&ring_.full[0]);
   }
 
   FA_DEVICE void end_step() {}
 
  private:
-  BackwardSmem<Traits>& smem_;
+  Ring<1>& ring_;
+  float* buffer_;
 };
 
 // DqPath::kDirect: straight from registers to memory.
