@@ -1,5 +1,5 @@
-// The adder: takes one consumer warpgroup's parts of dq from shared memory and has the copy engine add them to memory,
-// so that the warpgroup waits for neither that nor its turn.
+// The adder of a consumer warpgroup: has its parts of dq added to memory, or waits for its turns to add them, so that
+// the warpgroup waits for neither the copy engine nor memory.
 #pragma once
 
 #include "../core/copy.cuh"
@@ -8,22 +8,32 @@
 
 namespace fa {
 
-// With DqPath::kStaged.
 template <class Traits>
 class DqAdder {
  public:
+  static constexpr bool kStaged = Traits::kDqPath == DqPath::kStaged;
+  static constexpr bool kOrdered = DqPart<Traits>::kOrdered;
+  // Otherwise the warpgroups add by themselves, whenever they like.
+  static constexpr bool kNeeded = kStaged || kOrdered;
+
   FA_DEVICE DqAdder(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
-      : tile_(tile),
+      : smem_(smem),
+        tile_(tile),
+        warpgroup_(warpgroup),
         part_(params, tile, warpgroup),
-        ring_(smem.control.dq[warpgroup]),
-        buffer_(cute::cast_smem_ptr_to_uint(smem.exchange.dq[warpgroup])) {}
+        ring_(smem.control.dq[warpgroup]) {}
 
   // By one thread.
   FA_DEVICE void run() {
     uint32_t step = 0;
     for (int head = 0; head < tile_.num_heads_q; ++head) {
       for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end, [&](int m_block) {
-        add({tile_.first_head_q + head, m_block, step});
+        const DqBlock block{tile_.first_head_q + head, m_block, step};
+        if constexpr (kStaged) {
+          add(block);
+        } else {
+          let_add(block);
+        }
         ++step;
       });
     }
@@ -32,32 +42,53 @@ class DqAdder {
  private:
   using Shape = BackwardShape<Traits>;
 
+  // DqPath::kStaged.
   FA_DEVICE void add(const DqBlock& block) {
-    int32_t* counter = nullptr;
-    DqTurn turn(counter);
-    add_slice<0, Shape::kDqSliceColumns>(block, turn);
-    if constexpr (Shape::kNumDqSlices > 1) {
-      add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block, turn);
+    add_slice<0, Shape::kDqSliceColumns>(block);
+    if constexpr (Shape::kNumDqSlices > 1) add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block);
+    if constexpr (kOrdered) {
+      // In memory, not only read from shared memory.
+      wait_bulk_groups_done();
+      fence_proxies();
+      part_.turn(block).pass_on();
     }
-    if constexpr (DqPart<Traits>::kOrdered) turn.pass_on_after_copies();
   }
 
   template <int kSlice, int kColumns>
-  FA_DEVICE void add_slice(const DqBlock& block, DqTurn& turn) {
+  FA_DEVICE void add_slice(const DqBlock& block) {
     constexpr int kFirstFloat = kSlice * Shape::kDqSliceColumns * kWarpgroupRows;
     const RingState<1> at = block.slice<Traits>(kSlice);
     ring_.wait_full(at);
-    if constexpr (DqPart<Traits>::kOrdered && kSlice == 0) part_.wait_turn(turn, block);
-    bulk_reduce_add(part_.address(block) + kFirstFloat, buffer_, kColumns * kWarpgroupRows * 4);
+    if constexpr (kOrdered && kSlice == 0) {
+      wait_turn(block);
+      fence_proxies();
+    }
+    bulk_reduce_add(part_.address(block) + kFirstFloat, cute::cast_smem_ptr_to_uint(smem_.exchange.dq[warpgroup_]),
+                    kColumns * kWarpgroupRows * 4);
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();
     ring_.release(at);
   }
 
+  // DqPath::kDirect with an order of additions: the warpgroup waits for `empty`, and tells when it has added.
+  FA_DEVICE void let_add(const DqBlock& block) {
+    const RingState<1> at{block.step};
+    wait_turn(block);
+    ring_.release(at);
+    ring_.wait_full(at);
+    part_.turn(block).pass_on();
+  }
+
+  FA_DEVICE void wait_turn(const DqBlock& block) const {
+    const int predecessors = part_.predecessors(block);  // first: registers are scarce
+    part_.turn(block).wait(predecessors);
+  }
+
+  BackwardSmem<Traits>& smem_;
   const KeyTile& tile_;
+  int warpgroup_;
   DqPart<Traits> part_;
   Ring<1>& ring_;
-  uint32_t buffer_;
 };
 
 }  // namespace fa

@@ -19,7 +19,7 @@ struct DqBlock {
   }
 };
 
-// Where a warpgroup's part lies in memory, and when it is its turn.
+// Where a warpgroup's part lies in memory, and whose turn it is with it.
 template <class Traits>
 class DqPart {
  public:
@@ -28,18 +28,21 @@ class DqPart {
   FA_DEVICE DqPart(const BackwardParams& params, const KeyTile& tile, int warpgroup)
       : params_(params), tile_(tile), warpgroup_(warpgroup) {}
 
-  FA_DEVICE int warpgroup() const { return warpgroup_; }
-
   FA_DEVICE float* address(const DqBlock& block) const {
     return params_.dq_blocks + row(block) * Traits::kHeadDim + index() * Shape::kDqPartFloats;
   }
 
-  // By one thread, with Accumulation::kOrdered only.
-  FA_DEVICE void wait_turn(DqTurn& turn, const DqBlock& block) const {
+  // With Accumulation::kOrdered only.
+  FA_DEVICE DqTurn turn(const DqBlock& block) const {
+    const int64_t part = row(block) / Traits::kBlockM * Shape::kNumDqParts + index();
+    return DqTurn(params_.dq_turns + part);
+  }
+
+  // Blocks of keys that add to the part before this one.
+  FA_DEVICE int predecessors(const DqBlock& block) const {
     const BlockRange keys =
         visibility<Traits>(params_, tile_).template blocks<Traits::kBlockM, Traits::kBlockN>(block.m_block, Packing{0});
-    const int64_t part = row(block) / Traits::kBlockM * Shape::kNumDqParts + index();
-    turn.wait(params_.dq_turns + part, tile_.n_block - keys.begin);
+    return tile_.n_block - keys.begin;
   }
 
  private:

@@ -1,5 +1,5 @@
 // The backward main kernel: one CTA per block of keys of one key head, with one producer thread, two consumer
-// warpgroups and, for each of these, one thread that adds its dq to memory.
+// warpgroups and, for each of these, one thread that sees to its additions to dq.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -41,7 +41,6 @@ FA_DEVICE void init_barriers(BackwardControl<Traits>& control) {
   control.dout.init(1, kConsumers);
   for (Ring<1>& dq : control.dq) dq.init(kWarpgroupThreads / kWarpThreads, 1);
   control.other_ds.init(1, kConsumers);
-  for (int32_t*& turn : control.turn) turn = nullptr;
   cutlass::arch::fence_barrier_init();
 }
 
@@ -68,15 +67,14 @@ FA_DEVICE void begin_tile(const BackwardParams& params, BackwardControl<Traits>&
   __syncthreads();
 }
 
-// By one thread of each of its warps: the first one loads, and with DqPath::kStaged the next ones are the consumer
-// warpgroups' adders.
+// By one thread of each of its warps: the first one loads, the next ones are the consumer warpgroups' adders.
 template <class Traits>
 FA_DEVICE void run_first_warpgroup(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile) {
   if (threadIdx.x % kWarpThreads != 0) return;
   const int warp = threadIdx.x / kWarpThreads;
   if (warp == 0) {
     BackwardProducer<Traits>(params, smem, tile).run();
-  } else if constexpr (Traits::kDqPath == DqPath::kStaged) {
+  } else if constexpr (DqAdder<Traits>::kNeeded) {
     const int warpgroup = warp - 1;
     if (warpgroup < BackwardShape<Traits>::kNumConsumerWarpgroups) {
       DqAdder<Traits>(params, smem, tile, warpgroup).run();

@@ -97,11 +97,10 @@ struct BackwardControl {
   uint64_t k_full, v_full;
   SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2
   SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta
-  Ring<1> dq[BackwardShape<Traits>::kNumConsumerWarpgroups];                     // DqPath::kStaged: each one's buffer
+  Ring<1> dq[BackwardShape<Traits>::kNumConsumerWarpgroups];  // each one's with its adder (bwd/adder.cuh)
   Ring<2> other_ds;  // the other CTA's dS; `empty`: that of this CTA at the other
   KeyTile tile;
-  int tile_index;                                                // Accumulation::kOrdered: of a cluster
-  int32_t* turn[BackwardShape<Traits>::kNumConsumerWarpgroups];  // DqPath::kDirect: of ordered additions (bwd/turn.cuh)
+  int tile_index;  // Accumulation::kOrdered: of a cluster
 };
 
 // dq on its way to memory.

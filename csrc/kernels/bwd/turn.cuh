@@ -14,41 +14,23 @@ FA_DEVICE int take_tile(TileCounter* counter, int num_tiles) {
   return tile;
 }
 
-// One warpgroup's part of the blocks of dq that a tile adds to. The counter of a part holds how many blocks of keys
-// have added to it; those that see its queries do so from the first to the last. To be used by one thread.
+// Whose turn it is with one warpgroup's part of a block of dq: `counter` holds how many blocks of keys have added to
+// it; those that see its queries do so from the first to the last. To be used by one thread.
 class DqTurn {
  public:
-  // `counter`: null. Consumers have it in shared memory, since their registers are scarce.
-  FA_DEVICE explicit DqTurn(int32_t*& counter) : counter_(counter) {}
+  FA_DEVICE explicit DqTurn(int32_t* counter) : counter_(counter) {}
 
-  // Until all blocks of keys before have added to the part that `counter` belongs to. `predecessors`: how many they
-  // are.
-  FA_DEVICE void wait(int32_t* counter, int predecessors) {
-    while (load_acquire(counter) != predecessors) __nanosleep(kPollNanoseconds);
-    fence_proxies();
-    counter_ = counter;
+  // Until all `predecessors` blocks of keys before have added.
+  FA_DEVICE void wait(int predecessors) const {
+    constexpr int kPollNanoseconds = 20;
+    while (load_acquire(counter_) != predecessors) __nanosleep(kPollNanoseconds);
   }
 
-  // After the addition is done in memory; may be left out where there was none.
-  FA_DEVICE void pass_on() {
-    if (counter_ == nullptr) return;
-    increment_release(counter_);
-    counter_ = nullptr;
-  }
-
-  // The same for an addition by the copy engine, after it was issued and committed. Waits until it is done in memory
-  // rather than until the copy engine has read shared memory.
-  FA_DEVICE void pass_on_after_copies() {
-    if (counter_ == nullptr) return;
-    wait_bulk_groups_done();
-    fence_proxies();
-    pass_on();
-  }
+  // After the addition, by threads that this one has synchronised with.
+  FA_DEVICE void pass_on() const { increment_release(counter_); }
 
  private:
-  static constexpr int kPollNanoseconds = 20;
-
-  int32_t*& counter_;  // of the addition that is under way, or null
+  int32_t* counter_;
 };
 
 }  // namespace fa

@@ -8,6 +8,12 @@
 
 namespace fa {
 
+// By one lane of each warp: the warpgroup's adder hears that the warp has written.
+FA_DEVICE void tell_adder(Ring<1>& ring) {
+  __syncwarp();
+  if (threadIdx.x % kWarpThreads == 0) Barrier::arrive(&ring.full[0]);
+}
+
 // DqPath::kStaged: to shared memory, slice by slice, from where the warpgroup's adder takes them (adder.cuh).
 template <class Traits>
 class StagedDq {
@@ -25,8 +31,7 @@ class StagedDq {
       to[i / 4 * kWarpgroupThreads] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
     }
     cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) Barrier::arrive(&ring_.full[0]);
+    tell_adder(ring_);
   }
 
   FA_DEVICE void end_step() {}
@@ -36,18 +41,17 @@ class StagedDq {
   float* buffer_;
 };
 
-// DqPath::kDirect: straight from registers to memory.
+// DqPath::kDirect: straight from registers to memory; with an order of additions when the adder says so.
 template <class Traits>
 class DirectDq {
  public:
   FA_DEVICE DirectDq(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
-      : part_(params, tile, warpgroup), turn_(smem.control.turn[warpgroup]) {}
+      : part_(params, tile, warpgroup), ring_(smem.control.dq[warpgroup]) {}
 
   template <int kFirst, int kSize>
   FA_DEVICE void add(const float (&dq)[kSize], const DqBlock& block) {
     if constexpr (DqPart<Traits>::kOrdered && kFirst == 0) {
-      if (leads()) part_.wait_turn(turn_, block);
-      sync_warpgroup(part_.warpgroup());
+      Barrier::wait(&ring_.empty[0], RingState<1>{block.step}.phase());
     }
     float* const to = part_.address(block) + threadIdx.x % kWarpgroupThreads * 4;
 #pragma unroll
@@ -56,20 +60,13 @@ class DirectDq {
     }
   }
 
-  // With an order of additions: until all threads' are done in memory, for the next in line.
   FA_DEVICE void end_step() {
-    if constexpr (DqPart<Traits>::kOrdered) {
-      __threadfence();
-      sync_warpgroup(part_.warpgroup());
-      if (leads()) turn_.pass_on();
-    }
+    if constexpr (DqPart<Traits>::kOrdered) tell_adder(ring_);
   }
 
  private:
-  FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
-
   DqPart<Traits> part_;
-  DqTurn turn_;
+  Ring<1>& ring_;
 };
 
 template <class Traits>
