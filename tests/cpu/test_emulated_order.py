@@ -85,6 +85,7 @@ STAGED = GradientCase(
 DIRECT = GradientCase(
     256, dtype=torch.float16, batch=1, seqlen_q=130, seqlen_k=900, heads_q=1, heads_kv=1, deterministic=True
 )
+KEYLESS = GradientCase(64, lens_q=(70, 130), lens_k=(0, 130), heads_q=1, heads_kv=1, deterministic=True)
 DEFECTS = [
     # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
     (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
@@ -94,10 +95,10 @@ DEFECTS = [
     # Taken before all warps have written.
     (PLAIN, SourceChange("bwd/kernel.cuh", "dq.init(kWarpgroupThreads / kWarpThreads, 1)", "dq.init(2, 1)")),
     # A turn that nobody waits for, is passed on too early, or by nobody.
-    (STAGED, SourceChange("bwd/adder.cuh", "      wait_turn(block);\n      fence", "      fence")),
+    (STAGED, SourceChange("bwd/adder.cuh", "      part_.turn(block).wait(predecessors);\n", "")),
     (STAGED, SourceChange("bwd/adder.cuh", "      wait_bulk_groups_done();\n", "")),
     (STAGED, SourceChange("bwd/adder.cuh", "      part_.turn(block).pass_on();\n", "")),
-    (DIRECT, SourceChange("bwd/adder.cuh", "    wait_turn(block);\n    ring_", "    ring_")),
+    (DIRECT, SourceChange("bwd/adder.cuh", "    part_.turn(block).wait(predecessors);\n    ring_", "    ring_")),
     (DIRECT, SourceChange("bwd/write_dq.cuh", "Barrier::wait(&ring_.empty[0], RingState<1>{block.step}.phase());", "")),
     (
         DIRECT,
@@ -105,6 +106,9 @@ DEFECTS = [
     ),
     (DIRECT, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    part_", "    part_")),
     (DIRECT, SourceChange("bwd/adder.cuh", "    part_.turn(block).pass_on();\n  }", "  }")),
+    # A first addition to what nobody has cleared; a block that nobody adds to.
+    (STAGED, SourceChange("bwd/adder.cuh", "DqPart<Traits>::kFirstStores && predecessors == 0", "false")),
+    (KEYLESS, SourceChange("bwd/preprocess.cuh", "kFirstStores || sees_no_key()", "kFirstStores")),
     # Blocks of queries that the producer loads in another order.
     (
         STAGED,

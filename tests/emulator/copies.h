@@ -133,15 +133,25 @@ inline void store_box(const void* map, const void* shared, const int32_t (&first
   });
 }
 
-inline void reduce_add(float* memory, const float* shared, int bytes) {
+// Floats of shared memory, each brought to its place in memory by `put`.
+template <class Put>
+void push_floats(float* memory, const float* shared, int bytes, Put put) {
   machine().check(bytes % kUnit == 0 && reinterpret_cast<uintptr_t>(memory) % kUnit == 0 &&
                       machine().shared_address(shared) % kUnit == 0,
-                  "a bulk reduction is aligned to 16 bytes");
+                  "a bulk store or reduction is aligned to 16 bytes");
   auto read = std::make_shared<std::vector<float>>();
   const auto read_shared = [=] { read->assign(shared, shared + bytes / 4); };
   push_store(read_shared, [=] {
-    for (size_t i = 0; i < read->size(); ++i) memory[i] += (*read)[i];
+    for (size_t i = 0; i < read->size(); ++i) put(memory[i], (*read)[i]);
   });
+}
+
+inline void reduce_add(float* memory, const float* shared, int bytes) {
+  push_floats(memory, shared, bytes, [](float& sum, float value) { sum += value; });
+}
+
+inline void store(float* memory, const float* shared, int bytes) {
+  push_floats(memory, shared, bytes, [](float& place, float value) { place = value; });
 }
 
 inline void commit_stores() { ++machine().thread().store_groups; }

@@ -44,8 +44,10 @@ class DqAdder {
 
   // DqPath::kStaged.
   FA_DEVICE void add(const DqBlock& block) {
-    add_slice<0, Shape::kDqSliceColumns>(block);
-    if constexpr (Shape::kNumDqSlices > 1) add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block);
+    const int predecessors = kOrdered ? part_.predecessors(block) : 0;
+    add_slice<0, Shape::kDqSliceColumns>(block, predecessors);
+    if constexpr (Shape::kNumDqSlices > 1)
+      add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block, predecessors);
     if constexpr (kOrdered) {
       // In memory, not only read from shared memory.
       wait_bulk_groups_done();
@@ -55,16 +57,22 @@ class DqAdder {
   }
 
   template <int kSlice, int kColumns>
-  FA_DEVICE void add_slice(const DqBlock& block) {
+  FA_DEVICE void add_slice(const DqBlock& block, int predecessors) {
     constexpr int kFirstFloat = kSlice * Shape::kDqSliceColumns * kWarpgroupRows;
     const RingState<1> at = block.slice<Traits>(kSlice);
     ring_.wait_full(at);
     if constexpr (kOrdered && kSlice == 0) {
-      wait_turn(block);
+      part_.turn(block).wait(predecessors);
       fence_proxies();
     }
-    bulk_reduce_add(part_.address(block) + kFirstFloat, cute::cast_smem_ptr_to_uint(smem_.exchange.dq[warpgroup_]),
-                    kColumns * kWarpgroupRows * 4);
+    float* const to = part_.address(block) + kFirstFloat;
+    const uint32_t from = cute::cast_smem_ptr_to_uint(smem_.exchange.dq[warpgroup_]);
+    constexpr int kBytes = kColumns * kWarpgroupRows * 4;
+    if (DqPart<Traits>::kFirstStores && predecessors == 0) {
+      bulk_store(to, from, kBytes);
+    } else {
+      bulk_reduce_add(to, from, kBytes);
+    }
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();
     ring_.release(at);
@@ -73,15 +81,11 @@ class DqAdder {
   // DqPath::kDirect with an order of additions: the warpgroup waits for `empty`, and tells when it has added.
   FA_DEVICE void let_add(const DqBlock& block) {
     const RingState<1> at{block.step};
-    wait_turn(block);
+    const int predecessors = part_.predecessors(block);  // first: registers are scarce
+    part_.turn(block).wait(predecessors);
     ring_.release(at);
     ring_.wait_full(at);
     part_.turn(block).pass_on();
-  }
-
-  FA_DEVICE void wait_turn(const DqBlock& block) const {
-    const int predecessors = part_.predecessors(block);  // first: registers are scarce
-    part_.turn(block).wait(predecessors);
   }
 
   BackwardSmem<Traits>& smem_;

@@ -24,6 +24,8 @@ template <class Traits>
 class DqPart {
  public:
   static constexpr bool kOrdered = Traits::kAccumulation == Accumulation::kOrdered;
+  // The first to add stores, so that there need be no zeros before.
+  static constexpr bool kFirstStores = kOrdered && Traits::kDqPath == DqPath::kStaged;
 
   FA_DEVICE DqPart(const BackwardParams& params, const KeyTile& tile, int warpgroup)
       : params_(params), tile_(tile), warpgroup_(warpgroup) {}

@@ -1,11 +1,12 @@
-// Before the main kernel: the row statistics that it reads, the zeros that it adds dq to, and the gradients of rows
-// that take part in nothing.
+// Before the main kernel: the row statistics that it reads, the zeros that it adds dq to (where its first addition is
+// not a store), and the gradients of rows that take part in nothing.
 //
 // One CTA for each block of query rows of one head and sequence, and with variable lengths kUnusedRowCtas more for each
 // sequence.
 #pragma once
 
 #include "../core/fragment.cuh"
+#include "dq_part.cuh"
 #include "query_block.cuh"
 #include "unused_rows.cuh"
 
@@ -26,7 +27,8 @@ class Preprocess {
     // The last ones first: the main kernel finds in the L2 cache what it begins with.
     block_ = query_block<Traits>(params_, num_blocks - 1 - int(blockIdx.x));
     if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
-    clear_dq();
+    if (!DqPart<Traits>::kFirstStores || sees_no_key()) clear_dq();
+    if constexpr (DqPart<Traits>::kOrdered) clear_turns();
     // The same number of passes for all threads: rows are summed by neighbours together.
     for (int row = threadIdx.x / kRowThreads; row < Traits::kBlockM; row += kNumThreads / kRowThreads) {
       write_statistics(block_.scratch_row + row, block_.m_block * Traits::kBlockM + row);
@@ -44,10 +46,19 @@ class Preprocess {
   FA_DEVICE void clear_dq() const {
     float4* dq = reinterpret_cast<float4*>(params_.dq_blocks + block_.scratch_row * Traits::kHeadDim);
     for (int i = threadIdx.x; i < Shape::kDqFloats / 4; i += kNumThreads) dq[i] = {0.f, 0.f, 0.f, 0.f};
-    if constexpr (Traits::kAccumulation == Accumulation::kOrdered) {
-      int32_t* turns = params_.dq_turns + block_.scratch_row / Traits::kBlockM * Shape::kNumDqParts;
-      if (threadIdx.x < Shape::kNumDqParts) turns[threadIdx.x] = 0;
-    }
+  }
+
+  FA_DEVICE void clear_turns() const {
+    int32_t* turns = params_.dq_turns + block_.scratch_row / Traits::kBlockM * Shape::kNumDqParts;
+    if (threadIdx.x < Shape::kNumDqParts) turns[threadIdx.x] = 0;
+  }
+
+  // None of the block's rows.
+  FA_DEVICE bool sees_no_key() const {
+    const Sequence k = key_sequence<Traits::kSeqLayout>(params_, block_.batch);
+    return visibility<Traits>(params_, block_.q, k)
+        .template blocks<Traits::kBlockM, Traits::kBlockN>(block_.m_block, Packing{0})
+        .empty();
   }
 
   // Of rows that do not exist, too: the main kernel reads whole blocks.

@@ -174,8 +174,13 @@ FA_DEVICE int64_t scratch_row(const BackwardParams& params, const Sequence& q, i
 }
 
 template <class Traits>
+FA_DEVICE Visibility<Traits::kMask> visibility(const BackwardParams& params, const Sequence& q, const Sequence& k) {
+  return {q.length, k.length, params.window_left, params.window_right, params.attention_chunk};
+}
+
+template <class Traits>
 FA_DEVICE Visibility<Traits::kMask> visibility(const BackwardParams& params, const KeyTile& tile) {
-  return {tile.q.length, tile.k.length, params.window_left, params.window_right, params.attention_chunk};
+  return visibility<Traits>(params, tile.q, tile.k);
 }
 
 }  // namespace fa
