@@ -35,8 +35,6 @@ FA_DEVICE KeyTile key_tile(const BackwardParams& params, int index) {
 template <class Traits>
 FA_DEVICE void init_barriers(BackwardControl<Traits>& control) {
   constexpr int kConsumers = BackwardShape<Traits>::kNumConsumerWarpgroups;
-  Barrier::init(&control.k_full, 1);
-  Barrier::init(&control.v_full, 1);
   control.q.init(1, kConsumers);
   control.dout.init(1, kConsumers);
   for (Ring<1>& dq : control.dq) dq.init(kWarpgroupThreads / kWarpThreads, 1);

@@ -1,4 +1,5 @@
-// The producer: loads a tile's keys and values once, then queries, output gradients and row statistics block by block.
+// The producer: loads queries, output gradients and row statistics block by block; with the first block the tile's keys
+// and values, each where it is needed first.
 #pragma once
 
 #include "../core/copy.cuh"
@@ -15,7 +16,6 @@ class BackwardProducer {
 
   // By one thread.
   FA_DEVICE void run() {
-    load_keys();
     for (int head = 0; head < tile_.num_heads_q; ++head) {
       for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end,
                                    [&](int m_block) { load_queries(tile_.first_head_q + head, m_block); });
@@ -25,18 +25,22 @@ class BackwardProducer {
  private:
   using Shape = BackwardShape<Traits>;
 
-  FA_DEVICE void load_keys() {
+  // With the first block's queries.
+  FA_DEVICE void load_keys(uint64_t* full) {
     using Chunks = KeyChunks<Traits>;
     const Chunks chunks(params_, tile_);
     const int rank = tile_rank<Traits>();
-    load_chunks<Shape::kSwizzleBytes>(params_.k, &control_.k_full, smem_.k, chunks.k, 0, rank);
+    load_chunks<Shape::kSwizzleBytes>(params_.k, full, smem_.k, chunks.k, 0, rank);
     if constexpr (Shape::kClusterSize > 1) {
-      load_chunks<Shape::kSwizzleBytes>(params_.k, &control_.k_full, smem_.exchange.other_k, chunks.other_k,
+      load_chunks<Shape::kSwizzleBytes>(params_.k, full, smem_.exchange.other_k, chunks.other_k,
                                         rank * Chunks::kOtherColumns, 1 - rank);
     }
-    Barrier::arrive(&control_.k_full);
-    load_chunks<Shape::kSwizzleBytesV>(params_.v, &control_.v_full, smem_.v, chunks.v, 0, rank);
-    Barrier::arrive(&control_.v_full);
+  }
+
+  // With the first block's output gradients.
+  FA_DEVICE void load_values(uint64_t* full) {
+    const KeyChunks<Traits> chunks(params_, tile_);
+    load_chunks<Shape::kSwizzleBytesV>(params_.v, full, smem_.v, chunks.v, 0, tile_rank<Traits>());
   }
 
   // The first `num_chunks` from `first_column` on, of the keys of CTA `rank`.
@@ -59,6 +63,7 @@ class BackwardProducer {
     const int64_t scratch_row =
         tile_.scratch_row + head_q * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
     control_.q.wait_empty(stage_);
+    if (stage_.count == 0) load_keys(&control_.q.full[stage]);
     TransactionBarrier::arrive_and_expect_tx(&control_.q.full[stage], Shape::kQBytes + Shape::kStatisticsBytes);
     load_rows<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.q, params_.head_dim, &control_.q.full[stage],
                                                       smem_.q[stage], head_q, row);
@@ -66,6 +71,7 @@ class BackwardProducer {
     const RingState<Traits::kNumDoutStages> dout_at{stage_.count};
     uint64_t* const dout_full = &control_.dout.full[dout_at.index()];
     control_.dout.wait_empty(dout_at);
+    if (stage_.count == 0) load_values(dout_full);
     TransactionBarrier::arrive_and_expect_tx(dout_full, Shape::kDoutBytes + Shape::kStatisticsBytes);
     load_rows<Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dout, params_.head_dim_v, dout_full,
                                                         smem_.dout[dout_at.index()], head_q, row);

@@ -39,8 +39,6 @@ class ColumnSplitMma {
     clear_fragment(dv);
     if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, tile_);
     if constexpr (kAddsLater) begin_pending_dq();
-    Barrier::wait(&control_.k_full, 0);
-    Barrier::wait(&control_.v_full, 0);
     for (int head = 0; head < tile_.num_heads_q; ++head) {
       head_q_ = tile_.first_head_q + head;
       if (warpgroup_ == 0) {

@@ -32,8 +32,6 @@ class KeySplitMma {
     clear_fragment(dk);
     clear_fragment(dv);
     if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, control_.tile);
-    Barrier::wait(&control_.k_full, 0);
-    Barrier::wait(&control_.v_full, 0);
     // What bounds the loops is read again where it is needed: registers are scarce.
     const KeyTile& tile = control_.tile;
     for (head_ = 0; head_ < tile.num_heads_q; ++head_) {

@@ -94,9 +94,8 @@ struct KeyTile {
 
 template <class Traits>
 struct BackwardControl {
-  uint64_t k_full, v_full;
-  SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2
-  SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta
+  SharedRing<Traits::kNumStages, BackwardShape<Traits>::kClusterSize> q;         // with lse_log2, the first with k
+  SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta, the first with v
   Ring<1> dq[BackwardShape<Traits>::kNumConsumerWarpgroups];  // each one's with its adder (bwd/adder.cuh)
   Ring<2> other_ds;  // the other CTA's dS; `empty`: that of this CTA at the other
   KeyTile tile;
