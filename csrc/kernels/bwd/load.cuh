@@ -43,7 +43,8 @@ class BackwardProducer {
     load_chunks<Shape::kSwizzleBytesV>(params_.v, full, smem_.v, chunks.v, 0, tile_rank<Traits>());
   }
 
-  // The first `num_chunks` from `first_column` on, of the keys of CTA `rank`.
+  // The first `num_chunks` from `first_column` on, of the keys of CTA `rank`. No other tile reads them: they may leave
+  // the L2 cache first.
   template <int kSwizzleBytes>
   FA_DEVICE void load_chunks(const CUtensorMap& map, uint64_t* full, uint8_t* tile, int num_chunks, int first_column,
                              int rank) const {
@@ -52,7 +53,7 @@ class BackwardProducer {
     const int row = tile_.k.map_row(params_.row_bound_k, first_key<Traits>(tile_, rank));
     TransactionBarrier::expect_transaction(full, num_chunks * kChunkBytes);
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      load_box<1>(map, full, CacheHint::EVICT_LAST, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns,
+      load_box<1>(map, full, CacheHint::EVICT_FIRST, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns,
                   tile_.head_kv, row, tile_.k);
     }
   }
@@ -80,7 +81,8 @@ class BackwardProducer {
   }
 
   // A block of queries; each CTA of a cluster asks for its share of the chunks, for all CTAs. In the place of a chunk
-  // past the last column comes the first one: it meets zeros only.
+  // past the last column comes the first one: it meets zeros only. Without a hint to the L2 cache, like dq, which is as
+  // likely to be wanted again: what is asked to stay would take its place.
   template <int kColumns, int kSwizzleBytes>
   FA_DEVICE void load_rows(const CUtensorMap& map, int columns, uint64_t* full, uint8_t* tile, int head,
                            int row) const {
@@ -89,7 +91,7 @@ class BackwardProducer {
 #pragma unroll(kShares == 1 ? 8 : 1)
     for (int chunk = tile_rank<Traits>(); chunk < kColumns / kChunkColumns; chunk += kShares) {
       const bool exists = !KeyChunks<Traits>::kMayBeMissing || chunk * kChunkColumns < columns;
-      load_box<kShares>(map, full, CacheHint::EVICT_LAST, tile + chunk * Traits::kBlockM * kSwizzleBytes,
+      load_box<kShares>(map, full, CacheHint::EVICT_NORMAL, tile + chunk * Traits::kBlockM * kSwizzleBytes,
                         exists ? chunk * kChunkColumns : 0, head, row, tile_.q);
     }
   }
