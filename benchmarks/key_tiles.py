@@ -12,19 +12,20 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
+from benchmarks import model_problems
+from benchmarks.model_problems import model_problem, sections
 from flash_attn_3.backward_config import FP32_BYTES, Accumulation
 from flash_attn_3.backward_plan import BackwardPlan, BackwardProblem, plan_backward
 from flash_attn_3.block_range import query_block_range
-from flash_attn_3.config import Dtype, Score, SeqLayout
-from flash_attn_3.problem import HOPPER_SMS, ForwardProblem, MaskSpec
+from flash_attn_3.problem import HOPPER_SMS, MaskSpec
 
-TOKENS, FEATURES = 16384, 2048
+#: An assumption, in steps: what a tile takes before its first step and after its last one.
 TILE_ENDS = 3.0
-#: After a tile has added to a block, in steps: until the next one in order may.
+#: An assumption, in steps: after a tile has added to a block, until the next one in order may.
 TURN = 0.7
-#: Of the 50 MB: what is read by all multiprocessors takes its place twice.
+#: An assumption, of the 50 MB: what is read by all multiprocessors takes its place twice.
 CACHE_BYTES = 30 * 2**20
-#: What a step's products take on an H200 at 85 % of the tensor cores' peak, and what its memory moves at best.
+#: Assumptions: what a step's products take on an H200 at 85 % of the tensor cores' peak; what its memory moves at best.
 STEP_MICROSECONDS = 2560 / 1.7e3 / 0.85
 MEMORY_BYTES_PER_MICROSECOND = 4.2e6
 
@@ -34,7 +35,7 @@ Tiles = Iterable[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A problem of `TOKENS` tokens and `FEATURES` features, and the planner's answer."""
+    """A problem of the models' size, and the planner's answer."""
 
     head_dim: int
     seqlen: int
@@ -43,16 +44,11 @@ class Launch:
 
     @property
     def num_heads(self) -> int:
-        """Of all sequences."""
-        return TOKENS // self.seqlen * (FEATURES // self.head_dim)
+        return model_problems.num_heads(self.head_dim, self.seqlen)
 
     @property
     def plan(self) -> BackwardPlan:
-        heads = FEATURES // self.head_dim
-        forward = ForwardProblem(
-            *(Dtype.BF16, TOKENS // self.seqlen, self.seqlen, self.seqlen, heads, heads, self.head_dim, self.head_dim),
-            *(self.mask, Score.SCALED, SeqLayout.DENSE, HOPPER_SMS),
-        )
+        forward = model_problem(self.head_dim, self.seqlen, self.mask)
         return plan_backward(BackwardProblem(forward, self.accumulation))
 
     @property
@@ -67,13 +63,9 @@ class Launch:
         return self.in_sections(self.plan.heads_per_section, self.plan.least_heads_in_last_section)
 
     def in_sections(self, heads: int, least_last: int) -> Iterator[tuple[int, int]]:
-        first = 0
-        while first < self.num_heads:
-            rest = self.num_heads - first
-            end = first + (heads if rest - heads >= max(1, least_last) else rest)
+        for section in sections(self.num_heads, heads, least_last):
             for n_block in range(self.num_key_blocks):
-                yield from ((n_block, head) for head in range(first, end))
-            first = end
+                yield from ((n_block, head) for head in section)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 python -m benchmarks.models accumulator    # what a truncating accumulator makes of very long sums; 20 s
 python -m benchmarks.models balance        # how evenly launches end whose tiles differ
 python -m benchmarks.models blocks         # what is computed for nothing at the edges of masks
-python -m benchmarks.models key_tiles      # memory traffic and waiting in the backward pass; 1 min
+python -m benchmarks.models key_tiles      # memory traffic and waiting in the backward pass; 30 s
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from benchmarks.key_tiles import FEATURES, TOKENS, Launch, simulate
+from benchmarks import model_problems
+from benchmarks.key_tiles import Launch, simulate
+from benchmarks.model_problems import CAUSAL, model_problem, sections
 from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.block_range import block_range, row_keys
-from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
+from flash_attn_3.config import WARPGROUP_ROWS, ForwardConfig, Mask
 from flash_attn_3.heuristics import ForwardPlan, plan_forward
-from flash_attn_3.problem import HOPPER_SMS, UNLIMITED, ForwardProblem, MaskSpec
+from flash_attn_3.problem import HOPPER_SMS, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
-KEY_TILE_SEQLENS = (512, 2048, 8192, 16384)
-CAUSAL = MaskSpec(Mask.CAUSAL, UNLIMITED, 0)
+KEY_TILE_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 #: What a tile costs beside its key blocks, in key blocks.
 TILE_OVERHEAD = 0.7
 
@@ -62,28 +63,14 @@ def accumulate(num_keys: int, keys_per_level: int) -> tuple[float, float]:
 
 
 def planned(head_dim: int, seqlen: int, mask: MaskSpec = CAUSAL) -> ForwardPlan:
-    """The planner's answer to a problem of `TOKENS` tokens."""
-    batch, heads = TOKENS // seqlen, FEATURES // head_dim
-    return plan_forward(
-        ForwardProblem(
-            *(Dtype.BF16, batch, seqlen, seqlen, heads, heads, head_dim, head_dim),
-            *(mask, Score.SCALED, SeqLayout.DENSE, HOPPER_SMS),
-        )
-    )
+    """The planner's answer to a problem of the models' size."""
+    return plan_forward(model_problem(head_dim, seqlen, mask))
 
 
 def num_tiles(head_dim: int, seqlen: int, mask: MaskSpec = CAUSAL) -> tuple[int, int]:
     """(query blocks of a head, heads of all sequences) of that problem."""
     block_m = planned(head_dim, seqlen, mask).config.block_m
-    return -(-seqlen // block_m), TOKENS // seqlen * (FEATURES // head_dim)
-
-
-def sections(num_heads: int, heads: int, least_last: int) -> list[range]:
-    """Heads worked on together: sections of `heads`, the last of at least `least_last`."""
-    bounds = [0]
-    while num_heads - bounds[-1] - heads >= max(1, least_last):
-        bounds.append(bounds[-1] + heads)
-    return [range(*ends) for ends in zip(bounds, [*bounds[1:], num_heads], strict=True)]
+    return -(-seqlen // block_m), model_problems.num_heads(head_dim, seqlen)
 
 
 def in_sections(num_m_blocks: int, num_heads: int, heads: int, least_last: int) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
@@ -38,10 +39,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--emulate", action="store_true", help="run the GPU tests in the emulator; for runs of tests/gpu alone"
     )
+    parser.addoption("--sample", type=int, metavar="N", help="run N of the collected tests, drawn at random")
+    parser.addoption("--sample-seed", type=int, default=0, metavar="SEED", help="which ones; default 0")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    size = config.getoption("--sample")
+    if size is not None and size < 1:
+        raise pytest.UsageError(f"--sample={size} is not supported; it must be 1 or more")
     if not config.getoption("--emulate"):
         return
     if not config.pluginmanager.hasplugin("cacheprovider"):
@@ -54,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    draw_sample(config, items)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if config.getoption("--emulate"):
         needing = [item for item in gpu_items if item.get_closest_marker("hardware")]
@@ -63,3 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in needing:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def draw_sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave of the collected tests as many as `--sample` asks for, in their order."""
+    size = config.getoption("--sample")
+    if size is None or size >= len(items):
+        return
+    chosen = set(random.Random(config.getoption("--sample-seed")).sample(range(len(items)), size))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in chosen])
+    items[:] = [item for i, item in enumerate(items) if i in chosen]

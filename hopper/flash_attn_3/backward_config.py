@@ -56,7 +56,8 @@ class WarpgroupSplit(KernelEnum):
 class DqPath(KernelEnum):
     """How a warpgroup's part of dq gets from registers to the sums in memory.
 
-    STAGED: through shared memory, by the copy engine. DIRECT: by vector reductions, where that has no room.
+    STAGED: through shared memory, by the copy engine. DIRECT: by vector reductions from registers, where there is no
+    room for that. Where there is, the planner always chooses STAGED; which one is faster has not been measured.
     """
 
     STAGED = "kStaged"

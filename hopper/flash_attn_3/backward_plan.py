@@ -87,7 +87,7 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
     """Choose the kernel and the launch shape. The result depends on nothing but the problem."""
     forward = problem.forward
     head_dim, head_dim_v = backward_head_dim_tiles(forward.head_dim, forward.head_dim_v)
-    tile = backward_tile(forward.head_dim, forward.head_dim_v, forward.score, problem.accumulation)
+    tile = backward_tile(forward.head_dim, forward.head_dim_v, forward.score)
     config = BackwardConfig(
         dtype=forward.dtype,
         head_dim=head_dim,
@@ -118,9 +118,7 @@ def backward_head_dim_tiles(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return tile, tile_v
 
 
-def backward_tile(
-    head_dim: int, head_dim_v: int, score: Score, accumulation: Accumulation = Accumulation.UNORDERED
-) -> BackwardTile:
+def backward_tile(head_dim: int, head_dim_v: int, score: Score) -> BackwardTile:
     """The tile for the caller's head dims. Raises ValueError where there is none."""
     tiles = backward_head_dim_tiles(head_dim, head_dim_v)
     if max(tiles) == 64 and score is Score.SCALED:

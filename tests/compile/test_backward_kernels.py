@@ -50,6 +50,10 @@ REPRESENTATIVES = [
     planned(64, Mask.LOCAL, layout=SeqLayout.VARLEN, accumulation=Accumulation.ORDERED),
     planned(64, Mask.LOCAL, 64, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),
     planned(128, Mask.LOCAL, 128, SeqLayout.VARLEN, Score.SOFTCAP, Accumulation.ORDERED),
+    *(
+        dataclasses.replace(planned(192, Mask.CAUSAL, 128, accumulation=accumulation), dq_path=DqPath.DIRECT)
+        for accumulation in Accumulation
+    ),
 ]
 
 

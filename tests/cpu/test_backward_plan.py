@@ -174,9 +174,7 @@ def test_the_last_section_lasts_longer_than_its_longest_tile(head_dim, workers, 
 
 def test_every_axis_makes_a_kernel_of_its_own():
     configs = [
-        BackwardConfig(
-            dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score, order))
-        )
+        BackwardConfig(dtype, *dims, mask, layout, score, order, **dataclasses.asdict(backward_tile(*dims, score)))
         for dims in itertools.product(BACKWARD_HEAD_DIM_TILES, BACKWARD_HEAD_DIM_TILES)
         for dtype, mask, layout, score, order in itertools.product(Dtype, Mask, SeqLayout, Score, Accumulation)
     ]

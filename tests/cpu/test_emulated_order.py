@@ -13,7 +13,9 @@ from tests.gpu.sanitizer_gradients import run_case
 import emulation
 from emulation import Emulator, SourceChange
 from flash_attn_3 import backward_launch, compiler
+from flash_attn_3.backward_config import DqPath
 from flash_attn_3.backward_plan import BackwardPlan, BackwardProblem, plan_backward
+from flash_attn_3.config import KernelConfig
 
 DENSE = {"batch": 2, "seqlen_q": 200, "seqlen_k": 400, "heads_q": 4, "heads_kv": 2}
 VARLEN = {"lens_q": (70, 0, 300), "lens_k": (200, 5, 130), "heads_q": 2, "heads_kv": 2}
@@ -41,11 +43,14 @@ def differentiate(
     seeds: Iterable[int],
     sections: tuple[int, int] | None = None,
     defect: SourceChange | None = None,
+    dq_path: DqPath | None = None,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Gradients, checked, of each seed. `sections`: heads in one, and in the last one at least."""
 
     def plan(problem: BackwardProblem) -> BackwardPlan:
         planned = plan_backward(problem)
+        if dq_path is not None:
+            planned = dataclasses.replace(planned, config=dataclasses.replace(planned.config, dq_path=dq_path))
         if sections is None:
             return planned
         heads, least_last = sections
@@ -61,7 +66,7 @@ def differentiate(
     return found
 
 
-def defect_of(config, defect: SourceChange | None) -> SourceChange | None:
+def defect_of(config: KernelConfig, defect: SourceChange | None) -> SourceChange | None:
     """Forward kernels stay right."""
     return defect if config.FAMILY == "bwd" else None
 
@@ -75,6 +80,14 @@ def test_sections(machine, case, sections):
     for gradients in found:
         same = slice(0 if case.deterministic else 1, None)  # dk and dv have one writer
         assert all(torch.equal(x, y) for x, y in zip(expected[same], gradients[same], strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["unordered", "ordered"])
+@pytest.mark.parametrize("case", [GradientCase(64, **DENSE, causal=True), GradientCase(128, **VARLEN)], ids=str)
+def test_dq_straight_from_registers(machine, case, deterministic):
+    """Also where shared memory has room for it, where the planner would have it go that way."""
+    case = dataclasses.replace(case, deterministic=deterministic)
+    machine(differentiate, case, [0, 1, 2], None, None, DqPath.DIRECT)
 
 
 PLAIN = CASES[0]

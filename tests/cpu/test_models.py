@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 
 import pytest
-from benchmarks import key_tiles, models
+from benchmarks import key_tiles, model_problems, models
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,7 +70,7 @@ def test_windows_end_no_less_evenly_in_sections(head_dim, window):
     assert found >= 0.97 or window == 1024
 
 
-@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), models.CAUSAL], ids=lambda mask: mask.mask.slug)
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), model_problems.CAUSAL], ids=lambda mask: mask.mask.slug)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
     """All but what must move once: each block of q, dout and dq, and the keys."""
@@ -78,12 +78,12 @@ def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
     together = key_tiles.simulate(launch, launch.all_heads_together())
     planned = key_tiles.simulate(launch, launch.in_planned_sections())
     assert sorted(launch.in_planned_sections()) == sorted(launch.all_heads_together())
-    once = key_tiles.TOKENS * key_tiles.FEATURES * (2 * 2 + 2 * 4 + 4 * 2)
+    once = model_problems.TOKENS * model_problems.FEATURES * (2 * 2 + 2 * 4 + 4 * 2)
     assert once <= planned.bytes_moved < 1.1 * once < 2 * once < together.bytes_moved
     assert planned.time < 1.02 * together.time
 
 
-@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), models.CAUSAL], ids=lambda mask: mask.mask.slug)
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), model_problems.CAUSAL], ids=lambda mask: mask.mask.slug)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_few_wait_for_their_turn(head_dim, mask):
     unordered = key_tiles.Launch(head_dim, 2048, mask)
@@ -105,7 +105,7 @@ def test_a_tile_waits_for_the_one_before():
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))
 def test_sections_share_out_all_heads(num_heads, heads, least_last):
-    found = models.sections(num_heads, heads, least_last)
+    found = model_problems.sections(num_heads, heads, least_last)
     assert list(itertools.chain(*found)) == list(range(num_heads))
     assert all(len(section) == heads for section in found[:-1])
     assert len(found[-1]) >= min(num_heads, max(1, least_last))

@@ -43,10 +43,6 @@ inline void bulk_reduce_add(float* to, uint32_t from, int bytes) {
   emulator::reduce_add(to, reinterpret_cast<float*>(emulator::machine().shared_pointer(from, bytes)), bytes);
 }
 
-inline void bulk_store(float* to, uint32_t from, int bytes) {
-  emulator::store(to, reinterpret_cast<float*>(emulator::machine().shared_pointer(from, bytes)), bytes);
-}
-
 inline void wait_bulk_groups_done() { emulator::wait_stores(0, emulator::StoreStage::kDone); }
 inline void fence_proxies() { emulator::machine().fence_async(); }
 inline int load_acquire(const int32_t* address) { return *address; }

@@ -66,12 +66,12 @@ class DqAdder {
       fence_proxies();
     }
     float* const to = part_.address(block) + kFirstFloat;
-    const uint32_t from = cute::cast_smem_ptr_to_uint(smem_.exchange.dq[warpgroup_]);
+    const float* const from = smem_.exchange.dq[warpgroup_];
     constexpr int kBytes = kColumns * kWarpgroupRows * 4;
     if (DqPart<Traits>::kFirstStores && predecessors == 0) {
-      bulk_store(to, from, kBytes);
+      cute::SM90_BULK_COPY_S2G::copy(from, to, kBytes);
     } else {
-      bulk_reduce_add(to, from, kBytes);
+      bulk_reduce_add(to, cute::cast_smem_ptr_to_uint(from), kBytes);
     }
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();

@@ -16,11 +16,10 @@ namespace fa {
 // longest come first: under a causal mask the first keys are seen by all queries.
 template <class Traits>
 FA_DEVICE KeyTile key_tile(const BackwardParams& params, int index) {
-  const TileRank position =
-      tile_rank_in_sections(index, ceil_div(params.seqlen_k, Traits::kBlockN), params.batch * params.heads_kv,
-                            {params.heads_per_section, params.least_heads_in_last_section});
+  const HeadTile position = head_tile(index, ceil_div(params.seqlen_k, Traits::kBlockN), params.batch * params.heads_kv,
+                                      {params.heads_per_section, params.least_heads_in_last_section});
   KeyTile tile;
-  tile.n_block = position.rank;
+  tile.n_block = position.place;
   tile.batch = position.head / params.heads_kv;
   tile.head_kv = position.head % params.heads_kv;
   tile.num_heads_q = params.heads_q / params.heads_kv;
@@ -97,7 +96,8 @@ FA_DEVICE void backward_kernel(const BackwardParams& params) {
     run_first_warpgroup<Traits>(params, smem, tile);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Shape::kConsumerRegisters>();
-    // What the main loop needs in every step; what is needed but rarely is read again, since registers are scarce.
+    // A copy, for what the main loop needs in every step: kColumns keeps it in registers. kKeys, whose registers are
+    // scarcer, asks the control block again.
     const KeyTile own_tile = tile;
     KeyTileMma<Traits> mma(params, smem, own_tile, warpgroup - 1);
     mma.run();

@@ -199,6 +199,7 @@ class ColumnSplitMma {
     pending_block_ = tile_.blocks.begin;
   }
 
+  // Of no numbered step: those are for additions with an order, and none of them is left for later.
   FA_DEVICE void add_pending_dq() {
     if constexpr (kAddsLater) dq_output_.template add<0>(pending_dq_, {pending_head_, pending_block_, 0});
   }

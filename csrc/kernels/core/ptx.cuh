@@ -62,12 +62,6 @@ FA_DEVICE void bulk_reduce_add(float* to, uint32_t from, int bytes) {
                : "memory");
 }
 
-// Stores `bytes` bytes of shared memory (address `from`) to memory. Of the current bulk group.
-FA_DEVICE void bulk_store(float* to, uint32_t from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
-               : "memory");
-}
-
 // Until the thread's bulk groups are done in memory; CUTLASS's wait is for the copy engine to have read shared memory.
 FA_DEVICE void wait_bulk_groups_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

@@ -18,14 +18,14 @@ struct Sections {
   int least_last;
 };
 
-// The tile of a head that is the `rank`-th to be handed out.
-struct TileRank {
-  int rank;
+// The `place`-th of a head's tiles to be handed out.
+struct HeadTile {
+  int place;
   int head;
 };
 
 // Section by section; in a section first the first tiles of all heads, then the second ones, and so on.
-FA_HOST_DEVICE TileRank tile_rank_in_sections(int index, int tiles_per_head, int num_heads, Sections sections) {
+FA_HOST_DEVICE HeadTile head_tile(int index, int tiles_per_head, int num_heads, Sections sections) {
   const int last_section = max_of(0, num_heads - max_of(1, sections.least_last)) / sections.heads;
   const int section = min_of(last_section, index / (sections.heads * tiles_per_head));
   const int first_head = section * sections.heads;
@@ -40,8 +40,8 @@ FA_HOST_DEVICE TileRank tile_rank_in_sections(int index, int tiles_per_head, int
 template <Mask kMask>
 FA_HOST_DEVICE TilePosition tile_position(int index, int num_m_blocks, int num_heads, Sections sections) {
   if constexpr (kMask == Mask::kFull) return {index % num_m_blocks, index / num_m_blocks};
-  const TileRank tile = tile_rank_in_sections(index, num_m_blocks, num_heads, sections);
-  return {num_m_blocks - 1 - tile.rank, tile.head};
+  const HeadTile tile = head_tile(index, num_m_blocks, num_heads, sections);
+  return {num_m_blocks - 1 - tile.place, tile.head};
 }
 
 }  // namespace fa

@@ -29,6 +29,12 @@ struct SM90_BULK_COPY_G2S {
   }
 };
 
+struct SM90_BULK_COPY_S2G {
+  static void copy(const void* shared, void* memory, int32_t bytes) {
+    emulator::store(static_cast<float*>(memory), static_cast<const float*>(shared), bytes);
+  }
+};
+
 struct SM90_TMA_STORE_5D {
   static void copy(const void* map, const void* shared, int32_t c0, int32_t c1, int32_t c2, int32_t c3, int32_t c4) {
     emulator::store_box(map, shared, {c0, c1, c2, c3, c4});
