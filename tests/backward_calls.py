@@ -17,6 +17,7 @@ ADDRESSES = {name: 0x7F00_0000_0000 + (number << 32) for number, name in enumera
 OPTIONS = {
     "max_seqlen_q": 300,
     "max_seqlen_k": 200,
+    "num_ctas": 10,
     "heads_per_section": 2,
     "least_heads_in_last_section": 1,
     "softmax_scale": 0.125,

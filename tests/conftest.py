@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(machine.close)
 
 
+@pytest.hookimpl(trylast=True)  # a sample of what `-k` and `-m` leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     draw_sample(config, items)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -61,6 +61,8 @@ void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const Ch
   params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
   if (params.cu_seqlens_q == nullptr) params.seqlen_q = params.row_bound_q;
   if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
+  params.num_n_blocks = static_cast<int32_t>((params.seqlen_k + kernels.block_n - 1) / kernels.block_n);
+  params.num_tiles = checked_int32("blocks of keys", int64_t{params.num_n_blocks} * params.heads_kv * params.batch, 0);
   params.num_m_blocks = static_cast<int32_t>((params.seqlen_q + kernels.block_m - 1) / kernels.block_m);
 }
 
@@ -97,12 +99,11 @@ uint32_t checked_ctas(const char* name, int64_t num_ctas) {
   return static_cast<uint32_t>(checked_int32(name, num_ctas, 0));
 }
 
-Grids grids(const BackwardParams& params, const BackwardKernels& kernels) {
+Grids grids(const BackwardParams& params, const BackwardKernels& kernels, int64_t num_ctas) {
   int64_t query_blocks = int64_t{params.num_m_blocks} * params.heads_q * params.batch;
-  int64_t key_blocks = (params.seqlen_k + kernels.block_n - 1) / kernels.block_n * params.heads_kv * params.batch;
   int64_t clearing = kernels.varlen ? int64_t{params.batch} * kUnusedRowCtas : 0;
   return {checked_ctas("blocks of query rows", query_blocks + clearing),
-          checked_ctas("blocks of keys", key_blocks * kernels.cluster_size),
+          params.num_tiles > 0 ? checked_ctas("num_ctas", num_ctas) : 0,
           checked_ctas("blocks of query rows", query_blocks)};
 }
 
@@ -113,7 +114,10 @@ void launch(const Kernel& kernel, uint32_t num_ctas, const BackwardParams& param
 }  // namespace
 
 BackwardLauncher::BackwardLauncher(int64_t handle, const BackwardOptions& options)
-    : kernels_(&Registry<BackwardKernels>::instance().find(handle)) {
+    : kernels_(&Registry<BackwardKernels>::instance().find(handle)),
+      num_ctas_(checked_int32("num_ctas", options.num_ctas, 1)) {
+  FA_CHECK(num_ctas_ % kernels_->cluster_size == 0, ValueError)
+      << "num_ctas is " << num_ctas_ << "; supported are multiples of the cluster size, " << kernels_->cluster_size;
   fill_options(params_, options);
 }
 
@@ -124,7 +128,9 @@ void BackwardLauncher::operator()(const BackwardTensors& tensors) const {
   fill_lse(params, tensors);
   fill_scratch(params, tensors, checked, *kernels_);
   fill_sizes(params, tensors, checked, *kernels_);
-  Grids ctas = grids(params, *kernels_);
+  params.last_number =
+      checked_int32("blocks of keys and CTAs", params.num_tiles + num_ctas_ / kernels_->cluster_size - 1, 0);
+  Grids ctas = grids(params, *kernels_, num_ctas_);
 
   int ordinal = tensors.q.device().device_id;
   encode_maps(params, checked, *kernels_);
@@ -133,7 +139,7 @@ void BackwardLauncher::operator()(const BackwardTensors& tensors) const {
     kernel->prepare(ordinal);
   }
   CUstream stream = static_cast<CUstream>(TVMFFIEnvGetStream(kDLCUDA, ordinal));
-  if (kernels_->ordered) params.tile_counter = next_tile_counter(ordinal, stream);
+  params.tile_counter = next_tile_counter(ordinal, stream);
   launch(kernels_->preprocess, ctas.preprocess, params, stream);
   launch(kernels_->main, ctas.main, params, stream);
   launch(kernels_->postprocess, ctas.postprocess, params, stream);

@@ -62,6 +62,7 @@ struct BackwardKernels {
 struct BackwardOptions {
   int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
   int64_t max_seqlen_k;  // read with cu_seqlens_k
+  int64_t num_ctas;      // of the main kernel, persistent; whole clusters
   int64_t heads_per_section;
   int64_t least_heads_in_last_section;
   double softmax_scale;
@@ -89,12 +90,13 @@ class BackwardLauncher {
   BackwardLauncher(int64_t handle, const BackwardOptions& options);
 
   // Enqueues one backward pass on the current stream of the tensors' device; every row of dq, dk and dv is written.
-  // Nothing is launched if it throws. Waits for nothing and allocates nothing, but for the tile counters of ordered
-  // additions (tile_counters.h). May be called by several threads at once.
+  // Nothing is launched if it throws. Waits for nothing and allocates nothing, but for the tile counters
+  // (tile_counters.h). May be called by several threads at once.
   void operator()(const BackwardTensors& tensors) const;
 
  private:
   const BackwardKernels* kernels_;
+  int64_t num_ctas_;
   BackwardParams params_{};  // the options; a call adds its tensors to a copy
 };
 

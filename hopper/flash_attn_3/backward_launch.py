@@ -106,6 +106,7 @@ def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
         runtime.load_backward_kernels(compiler.get_kernel(plan.config)),
         max_seqlen_q=forward.max_seqlen_q,
         max_seqlen_k=forward.max_seqlen_k,
+        num_ctas=plan.num_ctas,
         heads_per_section=plan.heads_per_section,
         least_heads_in_last_section=plan.least_heads_in_last_section,
         softmax_scale=spec.scale,

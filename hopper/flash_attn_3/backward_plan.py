@@ -60,6 +60,8 @@ class BackwardPlan:
     Attributes:
         config: the kernels.
         num_tiles: blocks of keys over all query heads and sequences (0: no key, or no query head).
+        num_ctas: persistent CTAs of the main kernel to launch, whole clusters: one CTA on each multiprocessor, as far
+            as there are blocks of keys.
         heads_per_section: how many (batch, key head) pairs are worked on together: few, so that the blocks of keys of
             one head, which read the same queries and add to the same dq, find them in the L2 cache.
         least_heads_in_last_section: so many, or all, are worked on together at the end of the launch, so that it
@@ -68,6 +70,7 @@ class BackwardPlan:
 
     config: BackwardConfig
     num_tiles: int
+    num_ctas: int
     heads_per_section: int
     least_heads_in_last_section: int
 
@@ -101,9 +104,11 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
     num_tiles = _checked_tiles(forward, "max_seqlen_k", config.block_n, "keys")
     _checked_tiles(forward, "max_seqlen_q", config.block_m, "query rows")
     num_workers = max(1, forward.num_sms // config.cluster_size)
+    key_blocks = -(-forward.max_seqlen_k // config.block_n) * forward.batch * forward.heads_kv
     return BackwardPlan(
         config,
         num_tiles,
+        max(1, min(num_workers, key_blocks)) * config.cluster_size,
         _heads_per_section(problem, config, num_workers),
         _least_heads_in_last_section(forward, config, num_workers),
     )

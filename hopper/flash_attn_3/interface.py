@@ -65,7 +65,8 @@ def flash_attn_func(
             nothing where h / hk is odd.
         deterministic: gradients of equal calls are bitwise equal, compiled or not; for that, parts of dq are added in a
             fixed order, which takes time. out and lse always are.
-        sm_margin: multiprocessors that the forward pass leaves to others. The backward pass does not: it runs on all.
+        sm_margin: multiprocessors that are left to others; not by the short kernels before and after the main one of
+            the backward pass.
         return_attn_probs: return the log-sum-exp too.
 
     Returns:

@@ -193,6 +193,7 @@ def backward_launcher(
     *,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    num_ctas: int,
     heads_per_section: int,
     least_heads_in_last_section: int,
     softmax_scale: float,
@@ -213,7 +214,7 @@ def backward_launcher(
 
     Args:
         handle: from `load_backward_kernels`.
-        heads_per_section, least_heads_in_last_section: the launch, from `backward_plan.BackwardPlan`.
+        num_ctas, heads_per_section, least_heads_in_last_section: the launch, from `backward_plan.BackwardPlan`.
         softmax_scale: of the scores.
         max_seqlen_q, max_seqlen_k, score_scale, exp2_scale, window_left, window_right, attention_chunk: as in
             `forward_launcher`.
@@ -232,6 +233,7 @@ def backward_launcher(
         handle,
         max_seqlen_q,
         max_seqlen_k,
+        num_ctas,
         heads_per_section,
         least_heads_in_last_section,
         softmax_scale,

@@ -123,6 +123,7 @@ def test_what_the_runtime_is_asked(launchers):
     (launched,) = launcher.pop("calls")
     assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_keys_staged_m64n128s2d2"
     assert launcher.pop("exp2_scale") == pytest.approx(2.0 * math.log2(math.e))
+    assert launcher.pop("num_ctas") == 4 * 2 * 2  # of 500 keys, 4 blocks
     assert launcher.pop("heads_per_section") == 2 * 2  # all
     assert launcher.pop("least_heads_in_last_section") > 4  # a window leaves the last keys to few queries
     assert launcher == {

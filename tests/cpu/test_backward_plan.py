@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from flash_attn_3 import presets
 from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
 from flash_attn_3.backward_plan import (
     L2_QUERY_BYTES,
@@ -14,7 +15,7 @@ from flash_attn_3.backward_plan import (
     backward_tile,
     plan_backward,
 )
-from flash_attn_3.config import ConfigError, Dtype, Mask, Score, SeqLayout
+from flash_attn_3.config import MAX_SMEM_BYTES, ConfigError, Dtype, Mask, Score, SeqLayout
 from flash_attn_3.problem import ForwardProblem, MaskSpec
 
 KEYS, COLUMNS = WarpgroupSplit.KEYS, WarpgroupSplit.COLUMNS
@@ -125,6 +126,29 @@ def test_scratch_for_dq():
 @pytest.mark.parametrize("empty", ["batch", "heads_q", "max_seqlen_k"])
 def test_no_tiles(empty):
     assert plan_backward(problem(**{empty: 0})).num_tiles == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_ctas"),
+    [
+        ({}, 132),
+        ({"num_sms": 100}, 100),  # by an `sm_margin`
+        ({"batch": 1, "heads_q": 12, "heads_kv": 3, "max_seqlen_k": 129}, 6),
+        ({"batch": 1, "heads_q": 3, "heads_kv": 3, "max_seqlen_k": 129, "head_dim": 256, "head_dim_v": 256}, 12),
+        ({"head_dim": 256, "head_dim_v": 256, "num_sms": 101}, 100),  # clusters of two are whole
+        ({"max_seqlen_k": 0}, 1),
+    ],
+    ids=str,
+)
+def test_one_cta_on_each_multiprocessor(changes, num_ctas):
+    """As far as there are blocks of keys, of which a group of heads has one."""
+    assert plan_backward(problem(**{"batch": 16, "heads_kv": 16, "heads_q": 16, **changes})).num_ctas == num_ctas
+
+
+def test_no_two_ctas_fit_on_a_multiprocessor():
+    """So that no more CTAs than multiprocessors can run."""
+    configs = [config for config in presets.all_configs() if isinstance(config, BackwardConfig)]
+    assert min(config.smem_bytes for config in configs) > MAX_SMEM_BYTES // 2
 
 
 def test_too_many_tiles():

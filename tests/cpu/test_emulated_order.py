@@ -98,7 +98,12 @@ STAGED = GradientCase(
 DIRECT = GradientCase(
     256, dtype=torch.float16, batch=1, seqlen_q=130, seqlen_k=900, heads_q=1, heads_kv=1, deterministic=True
 )
+#: Rows without keys, and keys without rows: tiles for which nothing is loaded.
+UNSEEN = GradientCase(64, lens_q=(70, 0, 0, 0, 90), lens_k=(300,) * 5, heads_q=2, heads_kv=2)
 KEYLESS = GradientCase(64, lens_q=(70, 130), lens_k=(0, 130), heads_q=1, heads_kv=1, deterministic=True)
+#: A cluster, whose second CTA has no keys of a head's last block; one that passes over many blocks without keys.
+PAIRED = GradientCase(256, **DENSE, causal=True)
+PASSED_OVER = GradientCase(256, lens_q=(70,) * 5, lens_k=(900, 5, 5, 5, 130), heads_q=2, heads_kv=2)
 DEFECTS = [
     # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
     (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
@@ -108,17 +113,17 @@ DEFECTS = [
     # Taken before all warps have written.
     (PLAIN, SourceChange("bwd/kernel.cuh", "dq.init(kWarpgroupThreads / kWarpThreads, 1)", "dq.init(2, 1)")),
     # A turn that nobody waits for, is passed on too early, or by nobody.
-    (STAGED, SourceChange("bwd/adder.cuh", "      part_.turn(block).wait(predecessors);\n", "")),
+    (STAGED, SourceChange("bwd/adder.cuh", "      part().turn(block).wait(predecessors);\n", "")),
     (STAGED, SourceChange("bwd/adder.cuh", "      wait_bulk_groups_done();\n", "")),
-    (STAGED, SourceChange("bwd/adder.cuh", "      part_.turn(block).pass_on();\n", "")),
-    (DIRECT, SourceChange("bwd/adder.cuh", "    part_.turn(block).wait(predecessors);\n    ring_", "    ring_")),
+    (STAGED, SourceChange("bwd/adder.cuh", "      part().turn(block).pass_on();\n", "")),
+    (DIRECT, SourceChange("bwd/adder.cuh", "    part().turn(block).wait(predecessors);\n    ring_", "    ring_")),
     (DIRECT, SourceChange("bwd/write_dq.cuh", "Barrier::wait(&ring_.empty[0], RingState<1>{block.step}.phase());", "")),
     (
         DIRECT,
         SourceChange("bwd/write_dq.cuh", "RingState<1>{block.step}.phase()", "RingState<1>{block.step + 1}.phase()"),
     ),
-    (DIRECT, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    part_", "    part_")),
-    (DIRECT, SourceChange("bwd/adder.cuh", "    part_.turn(block).pass_on();\n  }", "  }")),
+    (DIRECT, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    part()", "    part()")),
+    (DIRECT, SourceChange("bwd/adder.cuh", "    part().turn(block).pass_on();\n  }", "  }")),
     # A first addition to what nobody has cleared; a block that nobody adds to.
     (STAGED, SourceChange("bwd/adder.cuh", "DqPart<Traits>::kFirstStores && predecessors == 0", "false")),
     (KEYLESS, SourceChange("bwd/preprocess.cuh", "kFirstStores || sees_no_key()", "kFirstStores")),
@@ -127,10 +132,24 @@ DEFECTS = [
         STAGED,
         SourceChange(
             "bwd/load.cuh",
-            "tile_.first_head_q + head, m_block",
-            "tile_.first_head_q + head, tile_.blocks.end - 1 - m_block",
+            "key_tile().first_head_q + head, m_block",
+            "key_tile().first_head_q + head, key_tile().blocks.end - 1 - m_block",
         ),
     ),
+    # Keys loaded where gradients of the tile before still wait to leave, or cleared there.
+    (PLAIN, SourceChange("bwd/load.cuh", "      Barrier::wait(&control_.kv_empty, tiles().count % 2 ^ 1);\n", "")),
+    (PLAIN, SourceChange("bwd/load.cuh", "tiles().count % 2 ^ 1", "tiles().count % 2")),
+    (PAIRED, SourceChange("bwd/key_chunks.cuh", "  meet_consumers<Traits>();  // all of", "  // all of")),
+    # A tile's slot that is free before all have done with it, or that nobody frees.
+    (UNSEEN, SourceChange("bwd/load.cuh", "    control_.tiles.wait_empty(tiles());\n", "")),
+    (PLAIN, SourceChange("bwd/kernel.cuh", "DqAdder<Traits>::kNeeded ? kConsumers : 0", "0")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "    smem_.control.tiles.release(tiles());\n", "")),
+    (PLAIN, SourceChange("bwd/kernel.cuh", "      control.tiles.release(at);\n", "")),
+    # A tile that a CTA of a cluster does not hear of, or hears of too early; numbers that begin anew too early, or not.
+    (PAIRED, SourceChange("bwd/tiles.cuh", "    control_.numbers.wait_full({control_.num_numbers++});\n", "")),
+    (PASSED_OVER, SourceChange("bwd/tiles.cuh", "    control_.numbers.wait_empty({control_.num_numbers++});\n", "")),
+    (PLAIN, SourceChange("bwd/tiles.cuh", "number == params_.last_number", "number == params_.num_tiles")),
+    (PLAIN, SourceChange("bwd/tiles.cuh", "number == params_.last_number", "false")),
     # A tile that is worked on twice.
     (PLAIN, SourceChange("core/schedule.h", "first_head + rest % heads};\n}\n\n// Of", "first_head};\n}\n\n// Of")),
 ]

@@ -38,6 +38,11 @@ def launches(log):
     return [call for call in log if call["call"] == "cuLaunchKernelEx"]
 
 
+def tensors_cleared_by_memset(log):
+    """The runtime's own counters lie elsewhere."""
+    return [x for x in log if "Memset" in x["call"] and x["memory"] >= min(ADDRESSES.values())]
+
+
 def without(shapes, *names):
     return {name: shape for name, shape in shapes.items() if name not in names}
 
@@ -50,23 +55,24 @@ def test_three_kernels_in_one_call(machine):
     log = machine(run, dense_shapes())
     assert [(x["symbol"], x["grid"], x["block"], x["smem"]) for x in launches(log)] == [
         ("bwd_preprocess", [5 * 6 * 2, 1, 1], [256, 1, 1], 0),
-        ("bwd", [2 * 3 * 2, 1, 1], [384, 1, 1], 200_000),
+        ("bwd", [10, 1, 1], [384, 1, 1], 200_000),
         ("bwd_postprocess", [5 * 6 * 2, 1, 1], [192, 1, 1], 0),
     ]
     first, second, third = (x["params"] for x in launches(log))
     assert first == second == third
     assert len({x["stream"] for x in launches(log)}) == 1
-    assert not [x for x in log if "Memset" in x["call"]]
+    assert not tensors_cleared_by_memset(log)
 
 
 def test_two_ctas_for_each_block_of_keys(machine):
-    """The main kernel's alone; each loads half of the keys."""
+    """The main kernel's alone; each loads half of the keys, and both are one worker."""
     log = machine(functools.partial(run, traits={"cluster_size": 2}), dense_shapes())
     assert [(x["grid"][0], x["cluster"]) for x in launches(log)] == [
         (5 * 6 * 2, 1),
-        (2 * (2 * 3 * 2), 2),
+        (10, 2),
         (5 * 6 * 2, 1),
     ]
+    assert launches(log)[1]["params"]["last_number"] == 2 * 3 * 2 + 5 - 1
     boxes = [x["box"] for x in log if x["call"] == "cuTensorMapEncodeTiled"]
     assert sorted(box[2] for box in boxes) == [64] * 6
 
@@ -76,6 +82,7 @@ def test_dense_parameters(machine):
     maps = {name: params.pop(name) for name in ("q", "dout", "k", "v", "dk", "dv")}
     assert len(set(maps.values())) == 6
     lse, statistics = ADDRESSES["lse"], ADDRESSES["statistics"]
+    assert params.pop("tile_counter") != 0
     assert params == {
         "out": [ADDRESSES["out"], 300 * 6 * 128, 6 * 128, 128],
         "dout_rows": [ADDRESSES["dout"], 300 * 6 * 128, 6 * 128, 128],
@@ -91,7 +98,6 @@ def test_dense_parameters(machine):
         "dq_blocks": ADDRESSES["dq_scratch"],
         "dq_turns": 0,
         "rows_strides": [6 * 320, 320],
-        "tile_counter": 0,
         "cu_seqlens_q": 0,
         "cu_seqlens_k": 0,
         "seqused_q": 0,
@@ -106,7 +112,10 @@ def test_dense_parameters(machine):
         "row_bound_q": 300,
         "row_bound_k": 200,
         "num_m_blocks": 5,
-        **{name: value for name, value in OPTIONS.items() if "seqlen" not in name},
+        "num_n_blocks": 2,
+        "num_tiles": 2 * 3 * 2,
+        "last_number": 2 * 3 * 2 + 10 - 1,
+        **{name: value for name, value in OPTIONS.items() if "seqlen" not in name and name != "num_ctas"},
     }
 
 
@@ -129,19 +138,22 @@ def test_packed_parameters(machine):
         "row_bound_q": 500,
         "row_bound_k": 400,
         "num_m_blocks": 5,
+        "num_n_blocks": 2,
+        "num_tiles": 2 * 3 * 3,
+        "last_number": 2 * 3 * 3 + 10 - 1,
     }
     assert {name: params[name] for name in expected} == expected
     query_blocks = 5 * 6 * 3
-    assert [x["grid"][0] for x in launches(log)] == [query_blocks + 3 * UNUSED_ROW_CTAS, 2 * 3 * 3, query_blocks]
+    assert [x["grid"][0] for x in launches(log)] == [query_blocks + 3 * UNUSED_ROW_CTAS, 10, query_blocks]
 
 
 @pytest.mark.parametrize("name", ["seqused_q", "seqused_k"])
 def test_used_lengths_of_dense_sides(machine, name):
     """N9, N11: rows past them are cleared by CTAs of their own, not by a memset."""
     log = machine(run, {**dense_shapes(), name: USED})
-    assert [x["grid"][0] for x in launches(log)] == [5 * 6 * 2 + 2 * UNUSED_ROW_CTAS, 12, 60]
+    assert [x["grid"][0] for x in launches(log)] == [5 * 6 * 2 + 2 * UNUSED_ROW_CTAS, 10, 60]
     assert launches(log)[0]["params"][name] == ADDRESSES[name]
-    assert not [x for x in log if "Memset" in x["call"]]
+    assert not tensors_cleared_by_memset(log)
 
 
 def test_sequences_without_queries(machine):
@@ -149,7 +161,7 @@ def test_sequences_without_queries(machine):
     log = machine(functools.partial(run, max_seqlen_q=0), packed_shapes())
     assert [(x["symbol"], x["grid"][0]) for x in launches(log)] == [
         ("bwd_preprocess", 3 * UNUSED_ROW_CTAS),
-        ("bwd", 18),
+        ("bwd", 10),
     ]
 
 
@@ -201,11 +213,16 @@ def test_dimensions_of_size_one_may_have_any_stride(machine):
 
 
 def test_ordered_additions(machine):
-    """R1: turns lie behind the blocks of dq; tiles come from a counter, so that no CTA waits for one not started."""
+    """R1: turns lie behind the blocks of dq."""
     log = machine(functools.partial(run, ordered=True), dense_shapes())
-    params = launches(log)[1]["params"]
-    assert params["dq_turns"] == ADDRESSES["dq_scratch"] + 2 * 6 * 320 * 64 * 4
-    assert params["tile_counter"] != 0
+    assert launches(log)[1]["params"]["dq_turns"] == ADDRESSES["dq_scratch"] + 2 * 6 * 320 * 64 * 4
+
+
+def test_passes_in_flight_have_counters_of_their_own(machine):
+    """G7: tiles come from a counter that nobody else uses."""
+    logs = [machine(run, dense_shapes()) for _ in range(2)]
+    first, second = (launches(log)[1]["params"]["tile_counter"] for log in logs)
+    assert first != second
 
 
 @pytest.mark.parametrize("device", [0, 1])
@@ -217,7 +234,8 @@ def test_device_of_the_tensors(machine, device):
 
 def test_later_calls_ask_little_of_the_driver(machine):
     log = machine(run_again, dense_shapes())
-    assert [call["call"] for call in log] == ["cuTensorMapEncodeTiled"] * 6 + ["cuLaunchKernelEx"] * 3
+    expected = [*["cuTensorMapEncodeTiled"] * 6, "cuStreamIsCapturing", *["cuLaunchKernelEx"] * 3]
+    assert [call["call"] for call in log] == expected
 
 
 def run_again(driver, path, shapes):
@@ -232,9 +250,9 @@ def run_again(driver, path, shapes):
 # -- errors ------------------------------------------------------------------------------------------------
 
 
-def refuse(driver, path, shapes, varlen=False, failing_call=None, **options):
+def refuse(driver, path, shapes, varlen=False, failing_call=None, cluster_size=1, **options):
     """What is raised, as (type name, text), and the kernels that were launched."""
-    handle = load(path, varlen=varlen)
+    handle = load(path, varlen=varlen, cluster_size=cluster_size)
     driver.device = 0
     driver.take_log()
     if failing_call is not None:
@@ -341,10 +359,17 @@ def test_no_sequence_is_the_callers(machine):
     assert words.startswith("there is no sequence") and launched == []
 
 
-@pytest.mark.parametrize(("option", "value"), [("window_left", -2), ("max_seqlen_q", 2**31), ("attention_chunk", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("window_left", -2), ("max_seqlen_q", 2**31), ("attention_chunk", -1), ("num_ctas", 0)]
+)
 def test_options_that_do_not_fit(machine, option, value):
     _, words, _ = machine(functools.partial(refuse, **{option: value}), dense_shapes())
     assert words.startswith(f"{option} is {value}; supported is")
+
+
+def test_clusters_are_whole(machine):
+    _, words, _ = machine(functools.partial(refuse, cluster_size=2, num_ctas=9), dense_shapes())
+    assert words == "num_ctas is 9; supported are multiples of the cluster size, 2"
 
 
 def test_more_ctas_than_a_grid_has(machine):

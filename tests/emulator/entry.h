@@ -7,10 +7,16 @@
 namespace emulator {
 
 template <class Params>
-const char* run(void (*kernel)(const Params), const Launch& launch, const void* params) {
+const char* run(void (*kernel)(const Params), const Launch& launch, const void* arguments) {
   static std::string error;
   Machine machine;
-  error = machine.run(launch, [&] { kernel(*static_cast<const Params*>(params)); });
+  const Params& params = *static_cast<const Params*>(arguments);
+  error = machine.run(launch, [&] { kernel(params); });
+  // The next launch with the counter, a replay of the same graph perhaps, begins with it.
+  const auto* const counter = params.tile_counter;
+  if (error.empty() && counter != nullptr && (counter->taken != 0 || counter->finished != 0)) {
+    error = "the tile counter is not zero after the launch";
+  }
   return error.c_str();
 }
 

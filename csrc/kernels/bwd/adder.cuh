@@ -16,35 +16,49 @@ class DqAdder {
   // Otherwise the warpgroups add by themselves, whenever they like.
   static constexpr bool kNeeded = kStaged || kOrdered;
 
-  FA_DEVICE DqAdder(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
-      : smem_(smem),
-        tile_(tile),
-        warpgroup_(warpgroup),
-        part_(params, tile, warpgroup),
-        ring_(smem.control.dq[warpgroup]) {}
+  FA_DEVICE DqAdder(const BackwardParams& params, BackwardSmem<Traits>& smem, int warpgroup)
+      : params_(params), smem_(smem), warpgroup_(warpgroup), ring_(smem.control.dq[warpgroup]) {}
 
   // By one thread.
   FA_DEVICE void run() {
     uint32_t step = 0;
-    for (int head = 0; head < tile_.num_heads_q; ++head) {
-      for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end, [&](int m_block) {
-        const DqBlock block{tile_.first_head_q + head, m_block, step};
-        if constexpr (kStaged) {
-          add(block);
-        } else {
-          let_add(block);
-        }
-        ++step;
-      });
+    for (; await_tile(); end_tile()) {
+      for (int head = 0; head < tile().num_heads_q; ++head) {
+        for_each_query_block<Traits>(tile().blocks.begin, tile().blocks.end, [&](int m_block) {
+          const DqBlock block{tile().first_head_q + head, m_block, step};
+          if constexpr (kStaged) {
+            add(block);
+          } else {
+            let_add(block);
+          }
+          ++step;
+        });
+      }
     }
   }
 
  private:
   using Shape = BackwardShape<Traits>;
 
+  // Read again where they are needed: registers are scarce.
+  FA_DEVICE RingState<kKeyTileSlots> tiles() const { return {smem_.control.num_added[warpgroup_]}; }
+  FA_DEVICE const KeyTile& tile() const { return smem_.control.tile[tiles().index()]; }
+  FA_DEVICE DqPart<Traits> part() const { return {params_, tile(), warpgroup_}; }
+
+  // Whether there is one.
+  FA_DEVICE bool await_tile() {
+    smem_.control.tiles.wait_full(tiles());
+    return tile().exists();
+  }
+
+  FA_DEVICE void end_tile() {
+    smem_.control.tiles.release(tiles());
+    ++smem_.control.num_added[warpgroup_];
+  }
+
   // DqPath::kStaged.
   FA_DEVICE void add(const DqBlock& block) {
-    const int predecessors = kOrdered ? part_.predecessors(block) : 0;
+    const int predecessors = kOrdered ? part().predecessors(block) : 0;
     add_slice<0, Shape::kDqSliceColumns>(block, predecessors);
     if constexpr (Shape::kNumDqSlices > 1)
       add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block, predecessors);
@@ -52,7 +66,7 @@ class DqAdder {
       // In memory, not only read from shared memory.
       wait_bulk_groups_done();
       fence_proxies();
-      part_.turn(block).pass_on();
+      part().turn(block).pass_on();
     }
   }
 
@@ -62,10 +76,10 @@ class DqAdder {
     const RingState<1> at = block.slice<Traits>(kSlice);
     ring_.wait_full(at);
     if constexpr (kOrdered && kSlice == 0) {
-      part_.turn(block).wait(predecessors);
+      part().turn(block).wait(predecessors);
       fence_proxies();
     }
-    float* const to = part_.address(block) + kFirstFloat;
+    float* const to = part().address(block) + kFirstFloat;
     const float* const from = smem_.exchange.dq[warpgroup_];
     constexpr int kBytes = kColumns * kWarpgroupRows * 4;
     if (DqPart<Traits>::kFirstStores && predecessors == 0) {
@@ -81,17 +95,16 @@ class DqAdder {
   // DqPath::kDirect with an order of additions: the warpgroup waits for `empty`, and tells when it has added.
   FA_DEVICE void let_add(const DqBlock& block) {
     const RingState<1> at{block.step};
-    const int predecessors = part_.predecessors(block);  // first: registers are scarce
-    part_.turn(block).wait(predecessors);
+    const int predecessors = part().predecessors(block);  // first: registers are scarce
+    part().turn(block).wait(predecessors);
     ring_.release(at);
     ring_.wait_full(at);
-    part_.turn(block).pass_on();
+    part().turn(block).pass_on();
   }
 
+  const BackwardParams& params_;
   BackwardSmem<Traits>& smem_;
-  const KeyTile& tile_;
   int warpgroup_;
-  DqPart<Traits> part_;
   Ring<1>& ring_;
 };
 

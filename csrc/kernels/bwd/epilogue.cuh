@@ -8,8 +8,9 @@ namespace fa {
 template <class Traits>
 class KeyGradientEpilogue {
  public:
-  FA_DEVICE KeyGradientEpilogue(const BackwardParams& params, BackwardSmem<Traits>& smem, int warpgroup)
-      : params_(params), smem_(smem), tile_(smem.control.tile), warpgroup_(warpgroup) {}
+  FA_DEVICE KeyGradientEpilogue(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile,
+                                int warpgroup)
+      : params_(params), smem_(smem), tile_(tile), warpgroup_(warpgroup) {}
 
   FA_DEVICE void store(KeyTileMma<Traits>& mma) {
     const float scale[kRowsPerThread] = {params_.softmax_scale, params_.softmax_scale};

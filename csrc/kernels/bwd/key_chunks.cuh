@@ -46,6 +46,7 @@ FA_DEVICE void clear_missing_chunks(const BackwardParams& params, BackwardSmem<T
     uint4* at = reinterpret_cast<uint4*>(begin) + threadIdx.x - kWarpgroupThreads;
     for (; at < reinterpret_cast<const uint4*>(end); at += kThreads) *at = {0, 0, 0, 0};
   };
+  meet_consumers<Traits>();  // all of whose gradients of the tile before have left these places
   clear(smem.k + chunks.k * Chunks::kBytes, smem.k + Shape::kKBytes);
   clear(smem.v + chunks.v * Chunks::kBytesV, smem.v + Shape::kVBytes);
   if constexpr (Shape::kClusterSize > 1) {

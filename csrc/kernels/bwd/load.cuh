@@ -5,30 +5,56 @@
 #include "../core/copy.cuh"
 #include "key_chunks.cuh"
 #include "query_order.cuh"
+#include "tiles.cuh"
 
 namespace fa {
 
 template <class Traits>
 class BackwardProducer {
  public:
-  FA_DEVICE BackwardProducer(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile)
-      : params_(params), smem_(smem), control_(smem.control), tile_(tile) {}
+  FA_DEVICE BackwardProducer(const BackwardParams& params, BackwardSmem<Traits>& smem)
+      : params_(params), smem_(smem), control_(smem.control), numbers_(params, smem.control) {}
 
   // By one thread.
   FA_DEVICE void run() {
-    for (int head = 0; head < tile_.num_heads_q; ++head) {
-      for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end,
-                                   [&](int m_block) { load_queries(tile_.first_head_q + head, m_block); });
+    for (; announce_tile(); ++control_.num_announced) {
+      bool first = true;
+      for (int head = 0; head < key_tile().num_heads_q; ++head) {
+        for_each_query_block<Traits>(key_tile().blocks.begin, key_tile().blocks.end, [&](int m_block) {
+          load_block(key_tile().first_head_q + head, m_block, first);
+          first = false;
+        });
+      }
     }
   }
 
  private:
   using Shape = BackwardShape<Traits>;
 
+  // Read again where it is needed: registers are scarce.
+  FA_DEVICE RingState<kKeyTileSlots> tiles() const { return {control_.num_announced}; }
+  FA_DEVICE KeyTile& key_tile() const { return control_.tile[tiles().index()]; }
+
+  // The next one with keys. Whether there is one.
+  FA_DEVICE bool announce_tile() {
+    control_.tiles.wait_empty(tiles());
+    while (true) {
+      const int number = numbers_.take();
+      if (number >= params_.num_tiles) {
+        key_tile().n_block = -1;
+        break;
+      }
+      describe_tile<Traits>(params_, number, key_tile());
+      if (key_tile().n_block * Traits::kBlockN < key_tile().k.length) break;
+    }
+    Barrier::arrive(&control_.tiles.full[tiles().index()]);
+    return key_tile().exists();
+  }
+
   // With the first block's queries.
   FA_DEVICE void load_keys(uint64_t* full) {
     using Chunks = KeyChunks<Traits>;
-    const Chunks chunks(params_, tile_);
+    const Chunks chunks(params_, key_tile());
     const int rank = tile_rank<Traits>();
     load_chunks<Shape::kSwizzleBytes>(params_.k, full, smem_.k, chunks.k, 0, rank);
     if constexpr (Shape::kClusterSize > 1) {
@@ -39,7 +65,7 @@ class BackwardProducer {
 
   // With the first block's output gradients.
   FA_DEVICE void load_values(uint64_t* full) {
-    const KeyChunks<Traits> chunks(params_, tile_);
+    const KeyChunks<Traits> chunks(params_, key_tile());
     load_chunks<Shape::kSwizzleBytesV>(params_.v, full, smem_.v, chunks.v, 0, tile_rank<Traits>());
   }
 
@@ -50,34 +76,45 @@ class BackwardProducer {
                              int rank) const {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
     constexpr int kChunkBytes = Shape::kTileKeys * kSwizzleBytes;
-    const int row = tile_.k.map_row(params_.row_bound_k, first_key<Traits>(tile_, rank));
+    const int row = key_tile().k.map_row(params_.row_bound_k, first_key<Traits>(key_tile(), rank));
     TransactionBarrier::expect_transaction(full, num_chunks * kChunkBytes);
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       load_box<1>(map, full, CacheHint::EVICT_FIRST, tile + chunk * kChunkBytes, first_column + chunk * kChunkColumns,
-                  tile_.head_kv, row, tile_.k);
+                  key_tile().head_kv, row, key_tile().k);
     }
   }
 
-  FA_DEVICE void load_queries(int head_q, int m_block) {
+  // Queries and output gradients of a tile's first block are on their way while the tile before ends; its keys must
+  // wait.
+  FA_DEVICE void load_block(int head_q, int m_block, bool first) {
+    const int row = key_tile().q.map_row(params_.row_bound_q, m_block * Traits::kBlockM);
     const int stage = stage_.index();
-    const int row = tile_.q.map_row(params_.row_bound_q, m_block * Traits::kBlockM);
-    const int64_t scratch_row =
-        tile_.scratch_row + head_q * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
+    uint64_t* const q_full = &control_.q.full[stage];
     control_.q.wait_empty(stage_);
-    if (stage_.count == 0) load_keys(&control_.q.full[stage]);
-    TransactionBarrier::arrive_and_expect_tx(&control_.q.full[stage], Shape::kQBytes + Shape::kStatisticsBytes);
-    load_rows<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.q, params_.head_dim, &control_.q.full[stage],
-                                                      smem_.q[stage], head_q, row);
-    load_statistics(params_.lse_log2 + scratch_row, &control_.q.full[stage], smem_.lse_log2[stage]);
+    TransactionBarrier::expect_transaction(q_full, Shape::kQBytes + Shape::kStatisticsBytes);
+    load_rows<Traits::kHeadDim, Shape::kSwizzleBytes>(params_.q, params_.head_dim, q_full, smem_.q[stage], head_q, row);
+    load_statistics(params_.lse_log2 + scratch_row(head_q, m_block), q_full, smem_.lse_log2[stage]);
+    if (!first) Barrier::arrive(q_full);
+
     const RingState<Traits::kNumDoutStages> dout_at{stage_.count};
     uint64_t* const dout_full = &control_.dout.full[dout_at.index()];
     control_.dout.wait_empty(dout_at);
-    if (stage_.count == 0) load_values(dout_full);
-    TransactionBarrier::arrive_and_expect_tx(dout_full, Shape::kDoutBytes + Shape::kStatisticsBytes);
+    TransactionBarrier::expect_transaction(dout_full, Shape::kDoutBytes + Shape::kStatisticsBytes);
     load_rows<Traits::kHeadDimV, Shape::kSwizzleBytesV>(params_.dout, params_.head_dim_v, dout_full,
                                                         smem_.dout[dout_at.index()], head_q, row);
-    load_statistics(params_.delta + scratch_row, dout_full, smem_.delta[dout_at.index()]);
+    load_statistics(params_.delta + scratch_row(head_q, m_block), dout_full, smem_.delta[dout_at.index()]);
+    if (first) {
+      Barrier::wait(&control_.kv_empty, tiles().count % 2 ^ 1);
+      load_keys(q_full);
+      Barrier::arrive(q_full);
+      load_values(dout_full);
+    }
+    Barrier::arrive(dout_full);
     stage_.advance();
+  }
+
+  FA_DEVICE int64_t scratch_row(int head_q, int m_block) const {
+    return key_tile().scratch_row + head_q * params_.rows_head_stride + int64_t{m_block} * Traits::kBlockM;
   }
 
   // A block of queries; each CTA of a cluster asks for its share of the chunks, for all CTAs. In the place of a chunk
@@ -92,7 +129,7 @@ class BackwardProducer {
     for (int chunk = tile_rank<Traits>(); chunk < kColumns / kChunkColumns; chunk += kShares) {
       const bool exists = !KeyChunks<Traits>::kMayBeMissing || chunk * kChunkColumns < columns;
       load_box<kShares>(map, full, CacheHint::EVICT_NORMAL, tile + chunk * Traits::kBlockM * kSwizzleBytes,
-                        exists ? chunk * kChunkColumns : 0, head, row, tile_.q);
+                        exists ? chunk * kChunkColumns : 0, head, row, key_tile().q);
     }
   }
 
@@ -103,7 +140,7 @@ class BackwardProducer {
   const BackwardParams& params_;
   BackwardSmem<Traits>& smem_;
   BackwardControl<Traits>& control_;
-  const KeyTile& tile_;
+  TileNumbers<Traits> numbers_;
   RingState<Traits::kNumStages> stage_;
 };
 

@@ -21,18 +21,22 @@ template <class Traits>
 class ColumnSplitMma {
  public:
   using Shape = BackwardShape<Traits>;
+  using OwnTile = KeyTile;  // a warpgroup's own copy, in registers
 
   float dk[Shape::kDkColumns / 2];  // 64 x half of head_dim, without the softmax scale
   float dv[Shape::kDvColumns / 2];  // 64 x half of head_dim_v
 
-  FA_DEVICE ColumnSplitMma(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
+  // `stage`: of the tile's first block.
+  FA_DEVICE ColumnSplitMma(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup,
+                           RingState<Traits::kNumStages> stage)
       : params_(params),
         smem_(smem),
         control_(smem.control),
         tile_(tile),
         warpgroup_(warpgroup),
         gradients_(params, tile, tile_rank<Traits>() * Shape::kTileKeys),
-        dq_output_(params, smem, tile, warpgroup) {}
+        dq_output_(params, smem, tile, warpgroup),
+        stage_(stage) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
@@ -49,6 +53,9 @@ class ColumnSplitMma {
     }
     if (kAddsLater && !tile_.blocks.empty()) add_pending_dq();
   }
+
+  // Of the next tile's first block, after run().
+  FA_DEVICE RingState<Traits::kNumStages> stage() const { return stage_; }
 
  private:
   using Scores = typename ScoreGradients<Traits>::Scores;

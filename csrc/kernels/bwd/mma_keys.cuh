@@ -16,29 +16,35 @@ template <class Traits>
 class KeySplitMma {
  public:
   using Shape = BackwardShape<Traits>;
+  using OwnTile = const KeyTile&;  // in shared memory, and read again where it is needed: registers are scarce
 
   float dk[Shape::kDkColumns / 2];  // 64 x head_dim, without the softmax scale
   float dv[Shape::kDvColumns / 2];  // 64 x head_dim_v
 
-  FA_DEVICE KeySplitMma(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup)
+  // `stage`: of the tile's first block.
+  FA_DEVICE KeySplitMma(const BackwardParams& params, BackwardSmem<Traits>& smem, const KeyTile& tile, int warpgroup,
+                        RingState<Traits::kNumStages> stage)
       : params_(params),
         smem_(smem),
         control_(smem.control),
+        tile_(tile),
         warpgroup_(warpgroup),
-        gradients_(params, smem.control.tile, warpgroup * kWarpgroupRows),
-        dq_output_(params, smem, tile, warpgroup) {}
+        gradients_(params, tile, warpgroup * kWarpgroupRows),
+        dq_output_(params, smem, tile, warpgroup),
+        stage_(stage) {}
 
   FA_DEVICE void run() {
     clear_fragment(dk);
     clear_fragment(dv);
-    if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, control_.tile);
-    // What bounds the loops is read again where it is needed: registers are scarce.
-    const KeyTile& tile = control_.tile;
-    for (head_ = 0; head_ < tile.num_heads_q; ++head_) {
-      for_each_query_block_by_kind<Traits>(tile.blocks,
+    if constexpr (KeyChunks<Traits>::kMayBeMissing) clear_missing_chunks(params_, smem_, tile_);
+    for (head_ = 0; head_ < tile_.num_heads_q; ++head_) {
+      for_each_query_block_by_kind<Traits>(tile_.blocks,
                                            [&](auto kind, int m_block) { step<decltype(kind)::value>(m_block); });
     }
   }
+
+  // Of the next tile's first block, after run().
+  FA_DEVICE RingState<Traits::kNumStages> stage() const { return stage_; }
 
  private:
   using Scores = typename ScoreGradients<Traits>::Scores;
@@ -56,6 +62,8 @@ class KeySplitMma {
 
   template <BlockKind kKind>
   FA_DEVICE void step(int m_block) {
+    // Asked anew: ptxas would keep the descriptors of k from tile to tile, and spill them.
+    warpgroup_ = same_in_warp(threadIdx.x / kWarpgroupThreads) - 1;
     const int stage = stage_.index();
     Packed p;
     if constexpr (kScoresTogether) {
@@ -131,7 +139,7 @@ class KeySplitMma {
   }
 
   FA_DEVICE RingState<Traits::kNumDoutStages> dout_at() const { return {stage_.count}; }
-  FA_DEVICE DqBlock dq_block(int m_block) const { return {control_.tile.first_head_q + head_, m_block, stage_.count}; }
+  FA_DEVICE DqBlock dq_block(int m_block) const { return {tile_.first_head_q + head_, m_block, stage_.count}; }
   FA_DEVICE uint8_t* ds_tile() { return smem_.exchange.ds[stage_.count % 2]; }
 
   FA_DEVICE uint32_t key_rows(const uint8_t* tile, int swizzle) const {
@@ -209,6 +217,7 @@ class KeySplitMma {
   const BackwardParams& params_;
   BackwardSmem<Traits>& smem_;
   BackwardControl<Traits>& control_;
+  const KeyTile& tile_;
   int warpgroup_;
   ScoreGradients<Traits> gradients_;
   DqOutput<Traits> dq_output_;

@@ -45,7 +45,7 @@ struct alignas(128) BackwardParams {
   int64_t rows_batch_stride,
       rows_head_stride;  // of delta and lse_log2, elements; the batch stride is 0 with cu_seqlens_q
 
-  TileCounter* tile_counter;  // Accumulation::kOrdered: of this launch alone while it runs
+  TileCounter* tile_counter;  // of this launch alone while it runs
 
   const int32_t* cu_seqlens_q;  // as in ForwardParams, the four of them
   const int32_t* cu_seqlens_k;
@@ -62,6 +62,9 @@ struct alignas(128) BackwardParams {
   int32_t row_bound_q;   // size of the row dimension of the q and dout maps
   int32_t row_bound_k;   // size of the row dimension of the k, v, dk and dv maps
   int32_t num_m_blocks;  // of the longest query sequence
+  int32_t num_n_blocks;  // of the longest key sequence
+  int32_t num_tiles;     // num_n_blocks of each (batch, key head) pair
+  int32_t last_number;  // of the tiles that do not exist and are taken all the same, one by each worker (bwd/tiles.cuh)
 
   int32_t heads_per_section;            // core/schedule.h; of (batch, key head) pairs
   int32_t least_heads_in_last_section;  // the same

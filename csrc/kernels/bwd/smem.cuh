@@ -80,9 +80,12 @@ struct BackwardShape {
       ceil_div(kStatisticsStages * kStatisticsBytes + kControlBytes, kSmemAlignment) * kSmemAlignment;
 };
 
+// Tiles announced to the consumers and not yet done with.
+constexpr int kKeyTileSlots = 2;
+
 // A block of keys of one head and sequence, and the query blocks that see it.
 struct KeyTile {
-  int n_block;
+  int n_block;  // negative: there are no more tiles
   int batch;
   int head_kv;
   int first_head_q, num_heads_q;  // that share the keys
@@ -90,6 +93,8 @@ struct KeyTile {
   Sequence k;
   BlockRange blocks;    // of queries
   int64_t scratch_row;  // where the sequence's rows begin in the scratch, but for the head
+
+  FA_DEVICE bool exists() const { return n_block >= 0; }
 };
 
 template <class Traits>
@@ -98,8 +103,15 @@ struct BackwardControl {
   SharedRing<Traits::kNumDoutStages, BackwardShape<Traits>::kClusterSize> dout;  // with delta, the first with v
   Ring<1> dq[BackwardShape<Traits>::kNumConsumerWarpgroups];  // each one's with its adder (bwd/adder.cuh)
   Ring<2> other_ds;  // the other CTA's dS; `empty`: that of this CTA at the other
-  KeyTile tile;
-  int tile_index;  // Accumulation::kOrdered: of a cluster
+  Ring<kKeyTileSlots> tiles;
+  KeyTile tile[kKeyTileSlots];
+  // Counts of one thread each, which has no register for them: of tiles announced, and done with by each adder; of
+  // numbers of tiles that passed between two CTAs.
+  uint32_t num_announced, num_added[BackwardShape<Traits>::kNumConsumerWarpgroups], num_numbers;
+  uint64_t kv_empty;  // k and v, in whose place dk and dv are at the end of a tile
+  Ring<1> numbers;    // with two CTAs: of tiles, from the first one's producer to the second one's
+  alignas(16) int sent_number[4];
+  alignas(16) int received_number[4];
 };
 
 // dq on its way to memory.

@@ -5,15 +5,6 @@
 
 namespace fa {
 
-// One of a launch's `num_tiles` tiles in the order in which CTAs start: a CTA that waits for the tiles before its own
-// waits for CTAs that run or have ended, however many fit on the GPU at once. Nothing is promised of the order of
-// blockIdx.
-FA_DEVICE int take_tile(TileCounter* counter, int num_tiles) {
-  const int tile = atomicAdd(&counter->taken, 1);
-  if (tile + 1 == num_tiles) counter->taken = 0;  // nobody takes another one
-  return tile;
-}
-
 // Whose turn it is with one warpgroup's part of a block of dq: `counter` holds how many blocks of keys have added to
 // it; those that see its queries do so from the first to the last. To be used by one thread.
 class DqTurn {
