@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator
 
 from benchmarks import model_problems
 from benchmarks.model_problems import model_problem, sections
-from flash_attn_3.backward_config import FP32_BYTES, Accumulation
+from flash_attn_3.backward_config import FP32_BYTES, Accumulation, DqPath
 from flash_attn_3.backward_plan import BackwardPlan, BackwardProblem, plan_backward
 from flash_attn_3.block_range import query_block_range
 from flash_attn_3.problem import HOPPER_SMS, MaskSpec
 
 #: An assumption, in steps: what a tile takes before its first step and after its last one.
 TILE_ENDS = 3.0
-#: An assumption, in steps: after a tile has added to a block, until the next one in order may.
+#: An assumption, in steps: after a tile has added to a block, until others that wait for it may.
 TURN = 0.7
 #: An assumption, of the 50 MB: what is read by all multiprocessors takes its place twice.
 CACHE_BYTES = 30 * 2**20
@@ -96,14 +96,20 @@ def simulate(launch: Launch, tiles: Tiles, turn: float = TURN) -> Outcome:
     config = launch.plan.config
     row_bytes = launch.head_dim * config.dtype.num_bytes
     # q and dout are read; dq is read, and written when it leaves the cache. k, v, dk and dv pass once.
-    block_bytes = config.block_m * (2 * row_bytes + 2 * launch.head_dim * FP32_BYTES)
-    cached_bytes = config.block_m * (2 * row_bytes + launch.head_dim * FP32_BYTES)
-    misses = count_misses(steps, CACHE_BYTES // cached_bytes)
-    return Outcome(time, misses * block_bytes + launch.num_heads * launch.seqlen * 4 * row_bytes)
+    dq_bytes = config.block_m * launch.head_dim * FP32_BYTES
+    block_bytes = config.block_m * 2 * row_bytes + 2 * dq_bytes
+    misses = count_misses(steps, CACHE_BYTES // (block_bytes - dq_bytes))
+    # A block to which the first addition is a store need not be read before.
+    stored = len({(step.head, step.m_block) for step in steps}) if config.dq_path is DqPath.STAGED else 0
+    key_bytes = launch.num_heads * launch.seqlen * 4 * row_bytes
+    return Outcome(time, misses * block_bytes - stored * dq_bytes + key_bytes)
 
 
 def run_tiles(launch: Launch, tiles: Tiles, turn: float) -> tuple[float, list[Step]]:
-    """(when the last tile ends, all steps). A tile waits only for tiles that were handed out before it."""
+    """(when the last tile ends, all steps). A tile waits only for tiles that were handed out before it.
+
+    Without an order of additions it waits for the first one, if that is a store.
+    """
     config = launch.plan.config
     ordered = launch.accumulation is Accumulation.ORDERED
     free_at = [0.0] * (HOPPER_SMS // config.cluster_size)
@@ -112,13 +118,15 @@ def run_tiles(launch: Launch, tiles: Tiles, turn: float) -> tuple[float, list[St
     for n_block, head in tiles:
         time = free_at[0] + TILE_ENDS / 2
         blocks = query_block_range(launch.mask, n_block, config.block_m, config.block_n, launch.seqlen, launch.seqlen)
-        m_blocks = range(blocks.begin, blocks.end)
-        for m_block in reversed(m_blocks) if ordered else m_blocks:
+        for m_block in reversed(range(blocks.begin, blocks.end)):
             steps.append(Step(time, head, m_block))
             time += 1.0
-            if ordered:
-                time = max(time, next_turn.get((head, m_block), 0.0))
-                next_turn[head, m_block] = time + turn
+            if not config.takes_turns:
+                continue
+            block = head, m_block
+            time = max(time, next_turn.get(block, 0.0))
+            if ordered or block not in next_turn:
+                next_turn[block] = time + turn
         heapq.heapreplace(free_at, time + TILE_ENDS / 2)
     return max(free_at), steps
 

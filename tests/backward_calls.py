@@ -30,7 +30,7 @@ OPTIONS = {
 BLOCK_M, BLOCK_N = 64, 128
 
 
-def load(path: Path | None = None, *, varlen: bool = False, ordered: bool = False, **changes: Any) -> int:
+def load(path: Path | None = None, *, varlen: bool = False, takes_turns: bool = False, **changes: Any) -> int:
     """Kernels of a tile of 64 queries and 128 keys, for head dims up to 128."""
     traits = {
         "cubin": b"cubin",
@@ -49,7 +49,7 @@ def load(path: Path | None = None, *, varlen: bool = False, ordered: bool = Fals
         "vo_box_columns": 64,
         "key_gradient_rows": 64,
         "varlen": varlen,
-        "ordered": ordered,
+        "takes_turns": takes_turns,
     }
     return library(path).backward_load(*(traits | changes).values())
 

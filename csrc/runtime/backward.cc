@@ -42,7 +42,7 @@ void fill_scratch(BackwardParams& params, const BackwardTensors& tensors, const 
   params.rows_head_stride = checked.scratch_rows;
   params.rows_batch_stride = tensors.cu_seqlens_q.has_value() ? 0 : checked.scratch_rows * checked.q.heads;
   params.dq_blocks = reinterpret_cast<float*>(data_address(tensors.dq_scratch));
-  if (kernels.ordered) params.dq_turns = reinterpret_cast<int32_t*>(params.dq_blocks + rows * kernels.head_dim);
+  if (kernels.takes_turns) params.dq_turns = reinterpret_cast<int32_t*>(params.dq_blocks + rows * kernels.head_dim);
 }
 
 // The sequence lengths of packed sides are options.

@@ -43,7 +43,7 @@ struct BackwardKernels {
   int64_t cluster_size;  // CTAs of the main kernel that share block_n keys
   int64_t num_dq_parts;  // of a block of dq, one for each consumer warpgroup of these
   bool varlen;
-  bool ordered;
+  bool takes_turns;       // with additions to dq
   TensorMapBox q_box;     // of q
   TensorMapBox dout_box;  // of dout
   TensorMapBox k_box;     // of k
@@ -52,9 +52,9 @@ struct BackwardKernels {
   TensorMapBox dv_box;    // of dv
 
   // Elements of scratch for that many rows of statistics, of all heads and sequences together: dq in fp32, and one turn
-  // for each part of a block where additions are ordered.
+  // for each part of a block where additions take turns.
   int64_t dq_scratch_floats(int64_t rows) const {
-    return rows * head_dim + (ordered ? rows / block_m * num_dq_parts : 0);
+    return rows * head_dim + (takes_turns ? rows / block_m * num_dq_parts : 0);
   }
 };
 

@@ -76,7 +76,7 @@ Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seql
 int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t preprocess_threads,
                       int64_t postprocess_threads, int64_t head_dim, int64_t head_dim_v, int64_t block_m,
                       int64_t block_n, int64_t cluster_size, int64_t num_dq_parts, int64_t qk_box_columns,
-                      int64_t vo_box_columns, int64_t key_gradient_rows, bool varlen, bool ordered) {
+                      int64_t vo_box_columns, int64_t key_gradient_rows, bool varlen, bool takes_turns) {
   checked_int32("head_dim", head_dim, 1);
   checked_int32("head_dim_v", head_dim_v, 1);
   TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "block_m", block_m);
@@ -97,7 +97,7 @@ int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t s
   return Registry<BackwardKernels>::instance().add(std::unique_ptr<const BackwardKernels>(new BackwardKernels{
       kernel("_preprocess", preprocess_threads, 0), kernel("", num_threads, smem_bytes, cluster_size),
       kernel("_postprocess", postprocess_threads, 0), head_dim, head_dim_v, block_m, block_n, cluster_size,
-      num_dq_parts, varlen, ordered, q_box, dout_box, k_box, v_box, dk_box, dv_box}));
+      num_dq_parts, varlen, takes_turns, q_box, dout_box, k_box, v_box, dk_box, dv_box}));
 }
 
 // As forward_launcher.

@@ -148,6 +148,11 @@ class BackwardConfig(KernelConfig):
         return self.num_consumer_warpgroups * self.cluster_size
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether additions to a part of dq wait for others: in order for all before, else for the first, a store."""
+        return self.accumulation is Accumulation.ORDERED or self.dq_path is DqPath.STAGED
+
+    @property
     def dq_columns(self) -> int:
         """Columns of a block of dq that one warpgroup makes: all, of its share of the rows, or its share, of all."""
         return self.head_dim if self.block_m > WARPGROUP_ROWS else self.head_dim // self.num_dq_parts

@@ -82,7 +82,7 @@ class BackwardPlan:
         """
         config = self.config
         turns = rows // config.block_m * config.num_dq_parts
-        return rows * config.head_dim + (turns if config.accumulation is Accumulation.ORDERED else 0)
+        return rows * config.head_dim + (turns if config.takes_turns else 0)
 
 
 @functools.lru_cache(maxsize=4096)

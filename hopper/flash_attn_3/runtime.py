@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .backward_config import Accumulation
 from .config import WARPGROUP_ROWS, SeqLayout
 from .errors import UnsupportedDeviceError
 from .runtime_build import LIBRARY_NAME
@@ -116,7 +115,7 @@ def load_backward_kernels(kernels: CompiledKernel) -> int:
         config.swizzle_bytes_v // config.dtype.num_bytes,
         WARPGROUP_ROWS,
         config.seq_layout is SeqLayout.VARLEN,
-        config.accumulation is Accumulation.ORDERED,
+        config.takes_turns,
     )
 
 

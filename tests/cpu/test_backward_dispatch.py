@@ -107,7 +107,9 @@ def test_every_head_dim_has_kernels(head_dims, launchers):
     (launcher,) = launchers
     assert (launcher["handle"].head_dim, launcher["handle"].head_dim_v) == backward_head_dim_tiles(*head_dims)
     (launched,) = launcher["calls"]
-    assert launched["dq_scratch"].numel() == 2 * 4 * 320 * launcher["handle"].head_dim
+    config, rows = launcher["handle"], 2 * 4 * 320
+    turns = rows // config.block_m * config.num_dq_parts if config.takes_turns else 0
+    assert launched["dq_scratch"].numel() == rows * config.head_dim + turns
 
 
 def test_a_first_pass_says_that_no_gpu_has_run_the_kernels(kernels):
@@ -135,8 +137,8 @@ def test_what_the_runtime_is_asked(launchers):
         "window_right": 5,
         "attention_chunk": 9,
     }
-    scratch = launched.pop("dq_scratch")
-    assert (scratch.shape, scratch.dtype, scratch.device) == ((2 * 4 * 320 * 64,), torch.float32, DEVICE)
+    scratch, rows = launched.pop("dq_scratch"), 2 * 4 * 320
+    assert (scratch.shape, scratch.dtype, scratch.device) == ((rows * 64 + rows // 64 * 2,), torch.float32, DEVICE)
     given = {**tensors, "dq": dq, "dk": dk, "dv": dv, "statistics": statistics, **dict.fromkeys(INDEX_NAMES)}
     assert launched.keys() == given.keys()
     assert all(launched[name] is x for name, x in given.items())

@@ -114,12 +114,13 @@ def test_values_too_wide():
 
 
 def test_scratch_for_dq():
-    """One float for each column of the tile; with ordered additions a turn for each warpgroup's part of a block."""
+    """One float for each column of the tile; where additions take turns one for each warpgroup's part of a block."""
     plan = plan_backward(problem(head_dim=72))
-    assert plan.dq_scratch_floats(640) == 640 * 128
+    assert plan.dq_scratch_floats(640) == 640 * 128 + 10 * 2
     ordered = plan_backward(dataclasses.replace(PROBLEM, accumulation=Accumulation.ORDERED))
     assert ordered.dq_scratch_floats(640) == 640 * 128 + 10 * 2
     wide = dataclasses.replace(FORWARD, head_dim=256, head_dim_v=256)
+    assert plan_backward(BackwardProblem(wide, Accumulation.UNORDERED)).dq_scratch_floats(640) == 640 * 256
     assert plan_backward(BackwardProblem(wide, Accumulation.ORDERED)).dq_scratch_floats(640) == 640 * 256 + 10 * 4
 
 

@@ -108,12 +108,12 @@ DEFECTS = [
     # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
     (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
     (PLAIN, SourceChange("bwd/adder.cuh", "    cute::tma_store_wait<0>();\n", "")),
-    (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    if", "    if")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    float*", "    float*")),
     (PLAIN, SourceChange("bwd/adder.cuh", "    cute::tma_store_wait<0>();\n    ring_.release(at);\n", "")),
     # Taken before all warps have written.
     (PLAIN, SourceChange("bwd/kernel.cuh", "dq.init(kWarpgroupThreads / kWarpThreads, 1)", "dq.init(2, 1)")),
     # A turn that nobody waits for, is passed on too early, or by nobody.
-    (STAGED, SourceChange("bwd/adder.cuh", "      part().turn(block).wait(predecessors);\n", "")),
+    (STAGED, SourceChange("bwd/adder.cuh", "      part().turn(block).wait(kOrdered ? predecessors : 1);\n", "")),
     (STAGED, SourceChange("bwd/adder.cuh", "      wait_bulk_groups_done();\n", "")),
     (STAGED, SourceChange("bwd/adder.cuh", "      part().turn(block).pass_on();\n", "")),
     (DIRECT, SourceChange("bwd/adder.cuh", "    part().turn(block).wait(predecessors);\n    ring_", "    ring_")),
@@ -124,8 +124,11 @@ DEFECTS = [
     ),
     (DIRECT, SourceChange("bwd/adder.cuh", "    ring_.wait_full(at);\n    part()", "    part()")),
     (DIRECT, SourceChange("bwd/adder.cuh", "    part().turn(block).pass_on();\n  }", "  }")),
-    # A first addition to what nobody has cleared; a block that nobody adds to.
-    (STAGED, SourceChange("bwd/adder.cuh", "DqPart<Traits>::kFirstStores && predecessors == 0", "false")),
+    # A first addition to what nobody has cleared, or that comes behind others; a block that nobody adds to.
+    (PLAIN, SourceChange("bwd/adder.cuh", "if (predecessors == 0) {", "if (false) {")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "      part().turn(block).wait(kOrdered ? predecessors : 1);\n", "")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "      wait_bulk_groups_done();\n", "")),
+    (PLAIN, SourceChange("bwd/adder.cuh", "if (kOrdered || predecessors == 0) {", "if (kOrdered) {")),
     (KEYLESS, SourceChange("bwd/preprocess.cuh", "kFirstStores || sees_no_key()", "kFirstStores")),
     # Blocks of queries that the producer loads in another order.
     (

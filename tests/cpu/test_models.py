@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import host_headers
-from flash_attn_3.backward_config import Accumulation
+from flash_attn_3.backward_config import Accumulation, DqPath
 from flash_attn_3.config import PROMOTION_KEYS, Mask
 from flash_attn_3.problem import UNLIMITED, MaskSpec
 
@@ -73,13 +73,14 @@ def test_windows_end_no_less_evenly_in_sections(head_dim, window):
 @pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), model_problems.CAUSAL], ids=lambda mask: mask.mask.slug)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
-    """All but what must move once: each block of q, dout and dq, and the keys."""
+    """Little moves but what must, once: keys, q, dout and dq, which is cleared before where it is added directly."""
     launch = key_tiles.Launch(head_dim, 1024, mask)
     together = key_tiles.simulate(launch, launch.all_heads_together())
     planned = key_tiles.simulate(launch, launch.in_planned_sections())
     assert sorted(launch.in_planned_sections()) == sorted(launch.all_heads_together())
-    once = model_problems.TOKENS * model_problems.FEATURES * (2 * 2 + 2 * 4 + 4 * 2)
-    assert once <= planned.bytes_moved < 1.1 * once < 2 * once < together.bytes_moved
+    dq_bytes = 4 if launch.plan.config.dq_path is DqPath.STAGED else 2 * 4
+    once = model_problems.TOKENS * model_problems.FEATURES * (2 * 2 + dq_bytes + 4 * 2)
+    assert once <= planned.bytes_moved < 1.3 * once < 2 * once < together.bytes_moved
     assert planned.time < 1.02 * together.time
 
 
@@ -101,6 +102,15 @@ def test_a_tile_waits_for_the_one_before():
     assert [(step.time, step.m_block) for step in steps] == [(1.5, 0), (1.5, 0)]
     assert time == 1.5 + 1.0 + 5.0 + 1.5
     assert [key_tiles.count_misses(steps, blocks) for blocks in (1, 2)] == [1, 1]
+
+
+def test_without_an_order_tiles_wait_for_the_first_one_only():
+    """By hand: the same with three, of which two wait for the first one's store."""
+    launch = key_tiles.Launch(128, 64, MaskSpec(Mask.FULL))
+    time, _ = key_tiles.run_tiles(launch, [(0, 0)] * 3, turn=5.0)
+    assert time == 1.5 + 1.0 + 5.0 + 1.5
+    ordered = dataclasses.replace(launch, accumulation=Accumulation.ORDERED)
+    assert key_tiles.run_tiles(ordered, [(0, 0)] * 3, turn=5.0)[0] == time + 5.0
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 70))

@@ -24,10 +24,10 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def run(driver, path, shapes, device=0, ordered=False, traits=None, **options):
+def run(driver, path, shapes, device=0, takes_turns=False, traits=None, **options):
     """The log of one backward pass. `traits`: what is special about the kernels."""
     varlen = any(name in shapes for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
-    handle = load(path, varlen=varlen, ordered=ordered, **traits or {})
+    handle = load(path, varlen=varlen, takes_turns=takes_turns, **traits or {})
     driver.device = device
     driver.take_log()
     backward(tensors(shapes, device), handle, path, **options)
@@ -212,9 +212,9 @@ def test_dimensions_of_size_one_may_have_any_stride(machine):
     assert params["dk_rows"] == [ADDRESSES["dk"], 8000, 40, 0]
 
 
-def test_ordered_additions(machine):
+def test_additions_that_take_turns(machine):
     """R1: turns lie behind the blocks of dq."""
-    log = machine(functools.partial(run, ordered=True), dense_shapes())
+    log = machine(functools.partial(run, takes_turns=True), dense_shapes())
     assert launches(log)[1]["params"]["dq_turns"] == ADDRESSES["dq_scratch"] + 2 * 6 * 320 * 64 * 4
 
 

@@ -1,4 +1,4 @@
-// The adder of a consumer warpgroup: has its parts of dq added to memory, or waits for its turns to add them, so that
+// The adder of a consumer warpgroup: has its parts of dq added to memory, and waits for its turns to add them, so that
 // the warpgroup waits for neither the copy engine nor memory.
 #pragma once
 
@@ -14,7 +14,7 @@ class DqAdder {
   static constexpr bool kStaged = Traits::kDqPath == DqPath::kStaged;
   static constexpr bool kOrdered = DqPart<Traits>::kOrdered;
   // Otherwise the warpgroups add by themselves, whenever they like.
-  static constexpr bool kNeeded = kStaged || kOrdered;
+  static constexpr bool kNeeded = DqPart<Traits>::kTakesTurns;
 
   FA_DEVICE DqAdder(const BackwardParams& params, BackwardSmem<Traits>& smem, int warpgroup)
       : params_(params), smem_(smem), warpgroup_(warpgroup), ring_(smem.control.dq[warpgroup]) {}
@@ -24,7 +24,7 @@ class DqAdder {
     uint32_t step = 0;
     for (; await_tile(); end_tile()) {
       for (int head = 0; head < tile().num_heads_q; ++head) {
-        for_each_query_block<Traits>(tile().blocks.begin, tile().blocks.end, [&](int m_block) {
+        for_each_query_block(tile().blocks.begin, tile().blocks.end, [&](int m_block) {
           const DqBlock block{tile().first_head_q + head, m_block, step};
           if constexpr (kStaged) {
             add(block);
@@ -56,13 +56,17 @@ class DqAdder {
     ++smem_.control.num_added[warpgroup_];
   }
 
-  // DqPath::kStaged.
+  // DqPath::kStaged. The turn comes while the warpgroup still computes.
   FA_DEVICE void add(const DqBlock& block) {
-    const int predecessors = kOrdered ? part().predecessors(block) : 0;
+    const int predecessors = part().predecessors(block);
+    if (predecessors > 0) {
+      part().turn(block).wait(kOrdered ? predecessors : 1);
+      fence_proxies();
+    }
     add_slice<0, Shape::kDqSliceColumns>(block, predecessors);
     if constexpr (Shape::kNumDqSlices > 1)
       add_slice<1, Shape::kDqColumns - Shape::kDqSliceColumns>(block, predecessors);
-    if constexpr (kOrdered) {
+    if (kOrdered || predecessors == 0) {
       // In memory, not only read from shared memory.
       wait_bulk_groups_done();
       fence_proxies();
@@ -75,14 +79,10 @@ class DqAdder {
     constexpr int kFirstFloat = kSlice * Shape::kDqSliceColumns * kWarpgroupRows;
     const RingState<1> at = block.slice<Traits>(kSlice);
     ring_.wait_full(at);
-    if constexpr (kOrdered && kSlice == 0) {
-      part().turn(block).wait(predecessors);
-      fence_proxies();
-    }
     float* const to = part().address(block) + kFirstFloat;
     const float* const from = smem_.exchange.dq[warpgroup_];
     constexpr int kBytes = kColumns * kWarpgroupRows * 4;
-    if (DqPart<Traits>::kFirstStores && predecessors == 0) {
+    if (predecessors == 0) {
       cute::SM90_BULK_COPY_S2G::copy(from, to, kBytes);
     } else {
       bulk_reduce_add(to, cute::cast_smem_ptr_to_uint(from), kBytes);

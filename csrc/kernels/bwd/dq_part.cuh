@@ -24,8 +24,9 @@ template <class Traits>
 class DqPart {
  public:
   static constexpr bool kOrdered = Traits::kAccumulation == Accumulation::kOrdered;
-  // The first to add stores, so that there need be no zeros before.
-  static constexpr bool kFirstStores = kOrdered && Traits::kDqPath == DqPath::kStaged;
+  // The first block of keys stores, so that there need be no zeros before, and all others wait for that.
+  static constexpr bool kFirstStores = Traits::kDqPath == DqPath::kStaged;
+  static constexpr bool kTakesTurns = kOrdered || kFirstStores;
 
   FA_DEVICE DqPart(const BackwardParams& params, const KeyTile& tile, int warpgroup)
       : params_(params), tile_(tile), warpgroup_(warpgroup) {}
@@ -34,7 +35,7 @@ class DqPart {
     return params_.dq_blocks + row(block) * Traits::kHeadDim + index() * Shape::kDqPartFloats;
   }
 
-  // With Accumulation::kOrdered only.
+  // With kTakesTurns only.
   FA_DEVICE DqTurn turn(const DqBlock& block) const {
     const int64_t part = row(block) / Traits::kBlockM * Shape::kNumDqParts + index();
     return DqTurn(params_.dq_turns + part);

@@ -20,7 +20,7 @@ class BackwardProducer {
     for (; announce_tile(); ++control_.num_announced) {
       bool first = true;
       for (int head = 0; head < key_tile().num_heads_q; ++head) {
-        for_each_query_block<Traits>(key_tile().blocks.begin, key_tile().blocks.end, [&](int m_block) {
+        for_each_query_block(key_tile().blocks.begin, key_tile().blocks.end, [&](int m_block) {
           load_block(key_tile().first_head_q + head, m_block, first);
           first = false;
         });
@@ -44,7 +44,7 @@ class BackwardProducer {
         key_tile().n_block = -1;
         break;
       }
-      describe_tile<Traits>(params_, number, key_tile());
+      describe_tile<Traits>(params_, number, control_);
       if (key_tile().n_block * Traits::kBlockN < key_tile().k.length) break;
     }
     Barrier::arrive(&control_.tiles.full[tiles().index()]);

@@ -80,7 +80,7 @@ class ColumnSplitMma {
   }
 
   FA_DEVICE void run_score_gradients() {
-    for_each_query_block<Traits>(tile_.blocks.begin, tile_.blocks.end, [&](int m_block) {
+    for_each_query_block(tile_.blocks.begin, tile_.blocks.end, [&](int m_block) {
       const int stage = stage_.index();
       signal_warpgroup(kBuffersFreeBarrier);
       if constexpr (kPaired) {

@@ -41,7 +41,7 @@ struct alignas(128) BackwardParams {
   float* delta;       // sum of dout * out over a row's columns, less the row's dlse; 0 for rows as below
   float* lse_log2;    // lse * log2(e); +infinity for rows that do not exist or see no key
   float* dq_blocks;   // head_dim floats for each of these rows, blocks in the order of the accumulators
-  int32_t* dq_turns;  // Accumulation::kOrdered: one for each block and consumer warpgroup (bwd/turn.cuh)
+  int32_t* dq_turns;  // where additions take turns: one for each block and consumer warpgroup (bwd/dq_part.cuh)
   int64_t rows_batch_stride,
       rows_head_stride;  // of delta and lse_log2, elements; the batch stride is 0 with cu_seqlens_q
 

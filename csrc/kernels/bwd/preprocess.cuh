@@ -28,7 +28,7 @@ class Preprocess {
     block_ = query_block<Traits>(params_, num_blocks - 1 - int(blockIdx.x));
     if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
     if (!DqPart<Traits>::kFirstStores || sees_no_key()) clear_dq();
-    if constexpr (DqPart<Traits>::kOrdered) clear_turns();
+    if constexpr (DqPart<Traits>::kTakesTurns) clear_turns();
     // The same number of passes for all threads: rows are summed by neighbours together.
     for (int row = threadIdx.x / kRowThreads; row < Traits::kBlockM; row += kNumThreads / kRowThreads) {
       write_statistics(block_.scratch_row + row, block_.m_block * Traits::kBlockM + row);

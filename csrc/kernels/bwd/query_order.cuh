@@ -10,21 +10,13 @@ namespace fa {
 // A full block needs no mask.
 enum class BlockKind { kFull, kEdge };
 
-// With an order of additions the last queries come first: under a causal mask all blocks of keys see those, so that
-// nobody waits long for the one before, whose first queries the next one does not see.
-template <class Traits>
-constexpr bool kLastQueriesFirst = Traits::kAccumulation == Accumulation::kOrdered;
-
-// step(m_block) for each block in [begin, end).
-template <class Traits, class Step>
+// step(m_block) for each block in [begin, end), the last queries first: under a causal mask all blocks of keys see
+// those, so that nobody waits long for the first block of keys, or the one before, to add to dq. Of the first queries
+// the next blocks of keys see nothing.
+template <class Step>
 FA_DEVICE void for_each_query_block(int begin, int end, Step step) {
-  if constexpr (kLastQueriesFirst<Traits>) {
 #pragma unroll 1
-    for (int m_block = end - 1; m_block >= begin; --m_block) step(m_block);
-  } else {
-#pragma unroll 1
-    for (int m_block = begin; m_block < end; ++m_block) step(m_block);
-  }
+  for (int m_block = end - 1; m_block >= begin; --m_block) step(m_block);
 }
 
 // In the same order, step(kind, m_block), where decltype(kind)::value is the block's BlockKind: a loop for each kind.
@@ -33,20 +25,11 @@ FA_DEVICE void for_each_query_block_by_kind(const BlockRange& blocks, Step step)
   const std::integral_constant<BlockKind, BlockKind::kFull> full;
   const std::integral_constant<BlockKind, BlockKind::kEdge> edge;
   const auto run = [&](auto kind, int begin, int end) {
-    for_each_query_block<Traits>(begin, end, [&](int m_block) { step(kind, m_block); });
+    for_each_query_block(begin, end, [&](int m_block) { step(kind, m_block); });
   };
-  const auto run_first_edge = [&] {
-    if constexpr (Traits::kMask != Mask::kFull) run(edge, blocks.begin, blocks.full_begin);
-  };
-  if constexpr (kLastQueriesFirst<Traits>) {
-    run(edge, blocks.full_end, blocks.end);
-    run(full, blocks.full_begin, blocks.full_end);
-    run_first_edge();
-  } else {
-    run_first_edge();
-    run(full, blocks.full_begin, blocks.full_end);
-    run(edge, blocks.full_end, blocks.end);
-  }
+  run(edge, blocks.full_end, blocks.end);
+  run(full, blocks.full_begin, blocks.full_end);
+  if constexpr (Traits::kMask != Mask::kFull) run(edge, blocks.begin, blocks.full_begin);
 }
 
 }  // namespace fa

@@ -6,13 +6,16 @@
 
 namespace fa {
 
+// Describes tile `index` in the slot to be announced next.
+//
 // Tiles of a head follow each other closely, so that they find its queries, and dq in fp32, in the L2 cache. The
 // longest come first: under a causal mask the first keys are seen by all queries. In steps with little in registers,
 // since the producer has few.
 template <class Traits>
-FA_DEVICE void describe_tile(const BackwardParams& params, int index, KeyTile& tile) {
+FA_DEVICE void describe_tile(const BackwardParams& params, int index, BackwardControl<Traits>& control) {
   const HeadTile position = head_tile(index, params.num_n_blocks, params.batch * params.heads_kv,
                                       {params.heads_per_section, params.least_heads_in_last_section});
+  KeyTile& tile = control.tile[control.num_announced % kKeyTileSlots];
   tile.n_block = position.place;
   tile.batch = position.head / params.heads_kv;
   tile.head_kv = position.head - tile.batch * params.heads_kv;

@@ -1,4 +1,5 @@
-// Whose turn it is to add to a block of dq, where the sums must always be made in the same order.
+// Whose turn it is to add to a block of dq: where the sums must always be made in the same order, and where the first
+// addition is a store.
 #pragma once
 
 #include "smem.cuh"
@@ -6,7 +7,8 @@
 namespace fa {
 
 // Whose turn it is with one warpgroup's part of a block of dq: `counter` holds how many blocks of keys have added to
-// it; those that see its queries do so from the first to the last. To be used by one thread.
+// it, or without an order, whether the first one has; those that see its queries do so from the first to the last. To
+// be used by one thread.
 class DqTurn {
  public:
   FA_DEVICE explicit DqTurn(int32_t* counter) : counter_(counter) {}
