@@ -53,9 +53,13 @@ def make_incoming(case: GradientCase, tensors: Tensors) -> Incoming:
     return Incoming(dout, dlse.mT.contiguous() if case.with_dlse else None)
 
 
-def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> Gradients:
-    """(dq, dk, dv) of the public function that fits the case; memory that is left unwritten is NaN in them."""
+def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming, **options: object) -> Gradients:
+    """(dq, dk, dv) of the public function that fits the case; `options` override its arguments.
+
+    Memory that is left unwritten is NaN in them.
+    """
     if case.is_varlen and (case.lens_q is None or case.lens_k is None):
+        assert not options
         return differentiate_by_operator(case, tensors, incoming)
     leaves = [x.detach().requires_grad_() for x in (tensors.q, tensors.k, tensors.v)]
     arguments: dict[str, object] = {
@@ -67,6 +71,7 @@ def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming) -> G
         "deterministic": case.deterministic,
         "return_attn_probs": True,
         "sm_margin": sm_margin(case, tensors),
+        **options,
     }
     with poisoned_allocations():
         if case.is_varlen:
