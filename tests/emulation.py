@@ -35,7 +35,7 @@ NUM_SMS = 3
 _FOLDER = Path(__file__).resolve().parent
 _KERNELS = _FOLDER.parent / "csrc" / "kernels"
 _EMULATOR = _FOLDER / "emulator"
-#: A fortified longjmp refuses to change stacks. -O2 takes a third longer to compile, and its kernels as long to run.
+#: A fortified longjmp refuses to change stacks. -O2 takes longer to compile than -O1, and its kernels run no faster.
 _FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-Wno-psabi")
 _DTYPES = {torch.float16: fake_cuda.FP16, torch.bfloat16: fake_cuda.BF16, torch.float32: fake_cuda.FP32}
 _DTYPES[torch.int32] = fake_cuda.INT32

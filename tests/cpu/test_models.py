@@ -73,14 +73,21 @@ def test_windows_end_no_less_evenly_in_sections(head_dim, window):
 @pytest.mark.parametrize("mask", [MaskSpec(Mask.FULL), model_problems.CAUSAL], ids=lambda mask: mask.mask.slug)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
-    """Little moves but what must, once: keys, q, dout and dq, which is cleared before where it is added directly."""
+    """Little moves but what must, once: keys, q, dout and dq, which is cleared before where it is added directly.
+
+    Under a causal mask more may, since the last queries come first; the products hide it.
+    """
     launch = key_tiles.Launch(head_dim, 1024, mask)
     together = key_tiles.simulate(launch, launch.all_heads_together())
     planned = key_tiles.simulate(launch, launch.in_planned_sections())
     assert sorted(launch.in_planned_sections()) == sorted(launch.all_heads_together())
     dq_bytes = 4 if launch.plan.config.dq_path is DqPath.STAGED else 2 * 4
     once = model_problems.TOKENS * model_problems.FEATURES * (2 * 2 + dq_bytes + 4 * 2)
-    assert once <= planned.bytes_moved < 1.3 * once < 2 * once < together.bytes_moved
+    assert once <= planned.bytes_moved < 2 * once < together.bytes_moved
+    if mask.mask is Mask.FULL:
+        assert planned.bytes_moved < 1.1 * once
+    moving = planned.bytes_moved / key_tiles.MEMORY_BYTES_PER_MICROSECOND
+    assert moving < 0.6 * planned.time * key_tiles.STEP_MICROSECONDS
     assert planned.time < 1.02 * together.time
 
 

@@ -51,11 +51,6 @@ inline void increment_release(int32_t* address) { ++*address; }
 inline int cluster_rank() { return emulator::machine().cluster_rank(); }
 inline void sync_cluster() { emulator::machine().sync_cluster(); }
 
-inline void store_in(int rank, uint32_t address, int value) {
-  void* const here = emulator::machine().shared_pointer(address, sizeof value);
-  memcpy(emulator::machine().in_rank(rank, here), &value, sizeof value);
-}
-
 inline void bulk_copy_to(int rank, uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
   emulator::copy_to_rank(rank, to, from, bytes, barrier);
 }

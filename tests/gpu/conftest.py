@@ -9,6 +9,8 @@ import pathlib
 import pytest
 import torch
 
+from flash_attn_3 import dispatch, runtime
+
 #: A test takes milliseconds; one that builds a missing kernel takes seconds. Longer than this is a deadlock.
 HANG_SECONDS = 120
 _FOLDER = pathlib.Path(__file__).parent
@@ -60,3 +62,24 @@ def gigabytes():
 
     yield require
     torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def launched_ctas(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """By "forward" and "backward": the main kernels' grids of the calls from now on, each of another signature."""
+    grids: dict[str, list[int]] = {}
+
+    def watch(direction: str, cache: str) -> None:
+        launcher = getattr(runtime, f"{direction}_launcher")
+        grids[direction] = []
+
+        def watched_launcher(kernels, **options):
+            grids[direction].append(options["num_ctas"])
+            return launcher(kernels, **options)
+
+        monkeypatch.setattr(runtime, f"{direction}_launcher", watched_launcher)
+        monkeypatch.setattr(dispatch, cache, {})
+
+    watch("forward", "_launches")
+    watch("backward", "_backward_launches")
+    return grids

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from flash_attn_3 import dispatch, launch, runtime
+from flash_attn_3 import launch
 
 from .cases import CAUSAL, FULL, KERNEL_MASKS, MASKS, Case, MaskOptions, each
 from .harness import check, make_tensors, run
@@ -164,29 +164,15 @@ def test_tiles_of_one_warpgroup(case: Case) -> None:
     check(case, tensors, *run(case, tensors))
 
 
-@pytest.fixture
-def launched_ctas(monkeypatch) -> list[int]:
-    """The grids of the calls from now on, each of another signature."""
-    grids = []
-    launcher = runtime.forward_launcher
-
-    def watched_launcher(kernel, **options):
-        grids.append(options["num_ctas"])
-        return launcher(kernel, **options)
-
-    monkeypatch.setattr(runtime, "forward_launcher", watched_launcher)
-    monkeypatch.setattr(dispatch, "_launches", {})
-    return grids
-
-
 @each([Case(128, seqlen_q=300, seqlen_k=300, causal=True, all_sms=True)])
 @pytest.mark.parametrize("left", [1, 2, pytest.param(16, marks=pytest.mark.hardware)])
-def test_sm_margin(case: Case, left: int, launched_ctas: list[int]) -> None:
+def test_sm_margin(case: Case, left: int, launched_ctas: dict[str, list[int]]) -> None:
     """CTAs on the multiprocessors that are left alone, and the same bits."""
     tensors = make_tensors(case)
     out, lse = run(case, tensors)
     out_margin, lse_margin = run(case, tensors, sm_margin=launch.device_sms(torch.device("cuda", 0)) - left)
-    assert launched_ctas[0] > launched_ctas[1] == left
+    all_ctas, few_ctas = launched_ctas["forward"]
+    assert all_ctas > few_ctas == left
     check(case, tensors, out_margin, lse_margin)
     assert torch.equal(out, out_margin)
     assert torch.equal(lse, lse_margin)

@@ -99,10 +99,6 @@ FA_DEVICE uint32_t address_in(int rank, uint32_t address) {
   return there;
 }
 
-FA_DEVICE void store_in(int rank, uint32_t address, int value) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address_in(rank, address)), "r"(value) : "memory");
-}
-
 // Copies shared memory from `from` to `to` of rank `rank`, and completes the bytes at its mbarrier `barrier`.
 FA_DEVICE void bulk_copy_to(int rank, uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
