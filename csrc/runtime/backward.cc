@@ -67,12 +67,12 @@ void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const Ch
 }
 
 void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, const BackwardKernels& kernels) {
-  params.q = encode_tensor_map(checked.q, kernels.q_box);
-  params.dout = encode_tensor_map(checked.dout, kernels.dout_box);
-  params.k = encode_tensor_map(checked.k, kernels.k_box);
-  params.v = encode_tensor_map(checked.v, kernels.v_box);
-  params.dk = encode_tensor_map(checked.dk, kernels.dk_box);
-  params.dv = encode_tensor_map(checked.dv, kernels.dv_box);
+  encode_tensor_map(checked.q, kernels.q_box, params.q);
+  encode_tensor_map(checked.dout, kernels.dout_box, params.dout);
+  encode_tensor_map(checked.k, kernels.k_box, params.k);
+  encode_tensor_map(checked.v, kernels.v_box, params.v);
+  encode_tensor_map(checked.dk, kernels.dk_box, params.dk);
+  encode_tensor_map(checked.dv, kernels.dv_box, params.dv);
 }
 
 void fill_options(BackwardParams& params, const BackwardOptions& options) {

@@ -73,10 +73,11 @@ TensorMapBox packed(TensorMapBox box, int log2_heads) {
 // Where there is no key at all, q's map stands in for those of k and v: a tensor without elements has no address to
 // encode, and the kernel loads nothing through them but prefetches the maps themselves.
 void encode_maps(ForwardParams& params, const CheckedTensors& checked, const ForwardKernel& kernel) {
-  params.q = encode_tensor_map(checked.q, packed(kernel.q_box, params.packed_heads_log2));
-  params.o = encode_tensor_map(checked.out, packed(kernel.o_box, params.packed_heads_log2));
-  params.k = checked.k.empty() ? params.q : encode_tensor_map(checked.k, kernel.k_box);
-  params.v = checked.v.empty() ? params.q : encode_tensor_map(checked.v, kernel.v_box);
+  encode_tensor_map(checked.q, packed(kernel.q_box, params.packed_heads_log2), params.q);
+  encode_tensor_map(checked.out, packed(kernel.o_box, params.packed_heads_log2), params.o);
+  params.k = params.v = params.q;
+  if (!checked.k.empty()) encode_tensor_map(checked.k, kernel.k_box, params.k);
+  if (!checked.v.empty()) encode_tensor_map(checked.v, kernel.v_box, params.v);
 }
 
 }  // namespace

@@ -66,13 +66,12 @@ TensorMapGeometry tensor_map_geometry(const RowTensor& tensor) {
                            {head_stride, row_stride, row_stride, batch_stride}};
 }
 
-CUtensorMap encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box) {
+void encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box, CUtensorMap& map) {
   TensorMapGeometry geometry = tensor_map_geometry(tensor);
   std::array<uint32_t, 5> box_sizes{box.columns, box.heads, box.rows, 1, 1};
   std::array<uint32_t, 5> element_strides{1, 1, 1, 1, 1};
   CUtensorMapDataType type =
       tensor.dtype.code == kDLBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  CUtensorMap map;
   CUresult result = driver().cuTensorMapEncodeTiled(
       &map, type, geometry.sizes.size(), reinterpret_cast<void*>(geometry.base), geometry.sizes.data(),
       geometry.strides.data(), box_sizes.data(), element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(box),
@@ -82,7 +81,6 @@ CUtensorMap encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box) 
       << "; (column, head, row, origin, batch) sizes " << describe_list(geometry.sizes) << ", strides in bytes "
       << describe_list(geometry.strides) << ", address 0x" << std::hex << tensor.address
       << "; a copy with .contiguous() is supported";
-  return map;
 }
 
 }  // namespace fa

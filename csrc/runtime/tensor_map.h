@@ -37,7 +37,8 @@ struct TensorMapBox {
   uint32_t heads = 1;
 };
 
-// Encodes on the host; out-of-bounds elements read as zero. Throws ValueError if the driver refuses.
-CUtensorMap encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box);
+// Encodes on the host; out-of-bounds elements read as zero. Throws ValueError if the driver refuses. Into `map` itself:
+// the driver requires its alignment, which GCC 12 does not give to a temporary that a function returns.
+void encode_tensor_map(const RowTensor& tensor, const TensorMapBox& box, CUtensorMap& map);
 
 }  // namespace fa
