@@ -18,7 +18,7 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ NUM_SMS = 3
 _FOLDER = Path(__file__).resolve().parent
 _KERNELS = _FOLDER.parent / "csrc" / "kernels"
 _EMULATOR = _FOLDER / "emulator"
-#: A fortified longjmp refuses to change stacks. -O2 takes longer to compile than -O1, and its kernels run no faster.
-_FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-Wno-psabi")
+#: A fortified longjmp refuses to change stacks.
+_FLAGS = ("-std=c++17", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fPIC", "-w", "-Wno-psabi")
+#: Kernels tell of their loads and stores. -O2 takes longer to compile than -O1, and they run no faster.
+_KERNEL_FLAGS = ("-O1", "-fsanitize=thread")
+_MACHINE_FLAGS = ("-O3", "-march=native")
 _DTYPES = {torch.float16: fake_cuda.FP16, torch.bfloat16: fake_cuda.BF16, torch.float32: fake_cuda.FP32}
 _DTYPES[torch.int32] = fake_cuda.INT32
 
@@ -87,12 +90,19 @@ class Emulator:
         self.folder = folder
         self._driver = ctypes.CDLL(str(_driver(folder)), mode=ctypes.RTLD_GLOBAL)
         self._driver.emulator_configure.argtypes = (ctypes.c_uint, ctypes.c_uint64)
+        self._driver.emulator_watch.argtypes = (*[ctypes.POINTER(ctypes.c_size_t)] * 2, ctypes.c_size_t)
         self.num_sms = num_sms
         self.seed(0)
 
     def seed(self, seed: int) -> None:
         """Choose the order of events of the next launch; the ones after it get the next seeds."""
         self._driver.emulator_configure(self.num_sms, seed)
+
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Hold accesses of the next launches to these against each other."""
+        ranges = [_memory_range(tensor) for tensor in tensors]
+        array = ctypes.c_size_t * len(ranges)
+        self._driver.emulator_watch(array(*(r[0] for r in ranges)), array(*(r[1] for r in ranges)), len(ranges))
 
     @functools.cache  # noqa: B019, the machine lives as long as its process
     def kernel(self, config: KernelConfig, change: SourceChange | None = None) -> HostKernel:
@@ -143,8 +153,8 @@ def install(folder: Path, num_sms: int = NUM_SMS, runtime_library: Path | None =
     library = runtime.load_library(runtime_library or fake_cuda.runtime_library())
     library = dataclasses.replace(
         library,
-        forward_launcher=_with_cuda_tensors(library.forward_launcher),
-        backward_launcher=_with_cuda_tensors(library.backward_launcher),
+        forward_launcher=_with_cuda_tensors(emulator, library.forward_launcher),
+        backward_launcher=_with_cuda_tensors(emulator, library.backward_launcher),
     )
     runtime._library = lambda: library
     compiler.get_kernel = emulator.kernel
@@ -161,12 +171,25 @@ def _new_promoted_out(plan, device):
     return functools.partial(torch.full, (plan.promoted_floats,), torch.nan)
 
 
-def _with_cuda_tensors(launcher: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+def _with_cuda_tensors(
+    emulator: Emulator, launcher: Callable[..., Callable[..., None]]
+) -> Callable[..., Callable[..., None]]:
     def make(*options: Any) -> Callable[..., None]:
         launch = launcher(*options)
-        return lambda *tensors: launch(*map(_as_cuda, tensors))
+
+        def launch_watched(*tensors: torch.Tensor | None) -> None:
+            emulator.watch(tensor for tensor in tensors if tensor is not None and tensor.numel() > 0)
+            launch(*map(_as_cuda, tensors))
+
+        return launch_watched
 
     return make
+
+
+def _memory_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last address, the latter excluded, of a tensor that is not empty."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _as_cuda(tensor: torch.Tensor | None) -> Any:
@@ -187,9 +210,14 @@ def build(folder: Path, config: KernelConfig, change: SourceChange | None = None
         unit = folder / f"{config.name}-{os.getpid()}.cc"
         unit.write_text(source)
         temporary = library.with_suffix(f".{os.getpid()}")
-        _compile(unit, temporary, [f"-I{tree}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"])
+        includes = [f"-I{tree}", f"-I{_EMULATOR}", f"-I{_EMULATOR / 'include'}"]
+        # In two steps: linked with the flags of the kernel, it would bring the compiler's own check along.
+        compiled = unit.with_suffix(".o")
+        _run_compiler([*_KERNEL_FLAGS, *includes, "-c", unit], compiled)
+        _run_compiler(["-shared", compiled], temporary)
+        compiled.unlink()
         temporary.rename(library)
-        path = temporary.with_suffix(".tmp")
+        path = temporary.with_name(f"{temporary.name}.tmp")
         path.write_bytes(os.fsencode(library) + b"\0")
         path.rename(cubin)
     return HostKernel(config, cubin)
@@ -210,7 +238,9 @@ def _driver(folder: Path) -> Path:
     library = folder / f"driver-{_digest()}" / "libcuda.so.1"
     if not library.exists():
         temporary = Path(tempfile.mkdtemp(dir=folder))
-        _compile(_EMULATOR / "driver.cc", temporary / library.name, [f"-Wl,-soname,{library.name}"])
+        sources = sorted(_EMULATOR.glob("*.cc"))
+        flags = [*_MACHINE_FLAGS, "-shared", f"-Wl,-soname,{library.name}"]
+        _run_compiler([*flags, *sources, "-ldl"], temporary / library.name)
         _publish(temporary, library.parent)
     return library
 
@@ -237,7 +267,7 @@ def _entries(config: KernelConfig) -> str:
     return f"\nEMULATED_KERNEL({config.name}, fa::ForwardParams)"
 
 
-def _compile(source: Path, library: Path, flags: list[str]) -> None:
+def _run_compiler(arguments: Sequence[str | Path], result: Path) -> None:
     include = f"-isystem{runtime_build.find_cuda_include()}"
-    command = [*runtime_build.find_cxx_compiler(), *_FLAGS, *flags, include, str(source), "-o", str(library), "-ldl"]
+    command = [*runtime_build.find_cxx_compiler(), *_FLAGS, include, *map(str, arguments), "-o", str(result)]
     subprocess.run(command, check=True)

@@ -114,7 +114,7 @@ std::string params_fields(const fa::BackwardParams& p) {
        << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
        << field("row_bound_k", p.row_bound_k) << ", " << field("num_m_blocks", p.num_m_blocks) << ", "
        << field("num_n_blocks", p.num_n_blocks) << ", " << field("num_tiles", p.num_tiles) << ", "
-       << field("last_number", p.last_number) << ", " << field("heads_per_section", p.heads_per_section) << ", "
+       << field("heads_per_section", p.heads_per_section) << ", "
        << field("least_heads_in_last_section", p.least_heads_in_last_section) << ", "
        << field("softmax_scale", p.softmax_scale) << ", " << field("score_scale", p.score_scale) << ", "
        << field("exp2_scale", p.exp2_scale) << ", " << field("window_left", p.window_left) << ", "

@@ -18,8 +18,8 @@ _FLAGS = ("-std=c++17", "-O1", "-ftrapv", "-U_FORTIFY_SOURCE", "-shared", "-fPIC
 
 
 @functools.cache
-def build(shim: str) -> ctypes.CDLL:
-    """The library of ``tests/<shim>``, built once per process; skips the test where it cannot be built."""
+def build(*sources: str) -> ctypes.CDLL:
+    """The library of ``tests/<source>``, built once per process; skips the test where it cannot be built."""
     try:
         compiler, cuda = runtime_build.find_cxx_compiler(), runtime_build.find_cuda_include()
     except runtime_build.RuntimeBuildError as error:
@@ -27,6 +27,14 @@ def build(shim: str) -> ctypes.CDLL:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     library = Path(folder.name) / "shim.so"
-    command = [*compiler, *_FLAGS, f"-I{_KERNELS}", f"-isystem{cuda}", str(_FOLDER / shim), "-o", str(library)]
+    command = [
+        *compiler,
+        *_FLAGS,
+        f"-I{_KERNELS}",
+        f"-isystem{cuda}",
+        *(str(_FOLDER / source) for source in sources),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))

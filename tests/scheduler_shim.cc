@@ -1,5 +1,6 @@
 // The kernels' order of tiles and their schedulers, for the CPU tests.
 #include "emulator/builtins.h"
+#include "emulator/machine.h"
 
 // scheduler.cuh needs its constants.
 #include "core/traits.cuh"
@@ -78,7 +79,7 @@ std::string run_traits(const fa::ForwardParams& params, int num_ctas, const std:
   std::vector<std::vector<fa::ScheduledTile>> given(num_ctas);
   *num_tiles = 0;
   const unsigned ctas = unsigned(num_ctas);
-  return grid.run({ctas, /*cluster=*/1, fa::kWarpThreads, /*shared_bytes=*/0, /*seed=*/0, ctas}, [&] {
+  return grid.run({ctas, /*cluster=*/1, fa::kWarpThreads, /*shared_bytes=*/0, /*seed=*/0, ctas, nullptr, 0}, [&] {
     const int cta = blockIdx.x;
     fa::Scheduler<Traits> scheduler;
     size_t count = 0;

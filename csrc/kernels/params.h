@@ -18,7 +18,7 @@ constexpr int kPromotionKeys = 1 << 18;
 // Hands out a launch's tiles. Both members are 0 when a launch starts, and the launch leaves them so.
 struct TileCounter {
   int32_t taken;     // tiles handed out; of a forward pass, beyond the first of each CTA
-  int32_t finished;  // of a forward pass: CTAs that found no tile left
+  int32_t finished;  // takers that found no tile left
 };
 
 // Tensor maps are five-dimensional: {column, head, row, origin, batch}, innermost first.

@@ -128,8 +128,8 @@ void BackwardLauncher::operator()(const BackwardTensors& tensors) const {
   fill_lse(params, tensors);
   fill_scratch(params, tensors, checked, *kernels_);
   fill_sizes(params, tensors, checked, *kernels_);
-  params.last_number =
-      checked_int32("blocks of keys and CTAs", params.num_tiles + num_ctas_ / kernels_->cluster_size - 1, 0);
+  // Each CTA takes one number too many.
+  checked_int32("blocks of keys and CTAs", int64_t(params.num_tiles) + num_ctas_, 0);
   Grids ctas = grids(params, *kernels_, num_ctas_);
 
   int ordinal = tensors.q.device().device_id;

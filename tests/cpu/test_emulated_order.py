@@ -151,8 +151,10 @@ DEFECTS = [
     # A tile that a CTA of a cluster does not hear of, or hears of too early; numbers that begin anew too early, or not.
     (PAIRED, SourceChange("bwd/tiles.cuh", "    control_.numbers.wait_full({control_.num_numbers++});\n", "")),
     (PASSED_OVER, SourceChange("bwd/tiles.cuh", "    control_.numbers.wait_empty({control_.num_numbers++});\n", "")),
-    (PLAIN, SourceChange("bwd/tiles.cuh", "number == params_.last_number", "number == params_.num_tiles")),
-    (PLAIN, SourceChange("bwd/tiles.cuh", "number == params_.last_number", "false")),
+    (PLAIN, SourceChange("core/tile_counter.cuh", "!= num_takers - 1", "!= num_takers - 2")),
+    (PLAIN, SourceChange("core/tile_counter.cuh", "  counter->taken = 0;\n", "")),
+    (PLAIN, SourceChange("core/tile_counter.cuh", "  __threadfence();\n  if", "  if")),
+    (PLAIN, SourceChange("core/tile_counter.cuh", "  __threadfence();\n  counter", "  counter")),
     # A tile that is worked on twice.
     (PLAIN, SourceChange("core/schedule.h", "first_head + rest % heads};\n}\n\n// Of", "first_head};\n}\n\n// Of")),
 ]

@@ -72,7 +72,6 @@ def test_two_ctas_for_each_block_of_keys(machine):
         (10, 2),
         (5 * 6 * 2, 1),
     ]
-    assert launches(log)[1]["params"]["last_number"] == 2 * 3 * 2 + 5 - 1
     boxes = [x["box"] for x in log if x["call"] == "cuTensorMapEncodeTiled"]
     assert sorted(box[2] for box in boxes) == [64] * 6
 
@@ -114,7 +113,6 @@ def test_dense_parameters(machine):
         "num_m_blocks": 5,
         "num_n_blocks": 2,
         "num_tiles": 2 * 3 * 2,
-        "last_number": 2 * 3 * 2 + 10 - 1,
         **{name: value for name, value in OPTIONS.items() if "seqlen" not in name and name != "num_ctas"},
     }
 
@@ -140,7 +138,6 @@ def test_packed_parameters(machine):
         "num_m_blocks": 5,
         "num_n_blocks": 2,
         "num_tiles": 2 * 3 * 3,
-        "last_number": 2 * 3 * 3 + 10 - 1,
     }
     assert {name: params[name] for name in expected} == expected
     query_blocks = 5 * 6 * 3

@@ -139,7 +139,8 @@ def in_order(
 
 
 def shim() -> ctypes.CDLL:
-    library = host_headers.build("scheduler_shim.cc")
+    machine = ("machine", "collectives", "barriers", "memory", "warpgroup_mma")
+    library = host_headers.build("scheduler_shim.cc", *(f"emulator/{part}.cc" for part in machine))
     library.launch.restype = ctypes.c_char_p
     return library
 

@@ -36,20 +36,7 @@ inline bool store_one(Cta& cta, Random& random) {
   return true;
 }
 
-// In the order of issue within a warpgroup.
-inline bool multiply_one(Cta& cta, Random& random) {
-  const size_t first = random() % cta.products.size();
-  for (size_t i = 0; i < cta.products.size(); ++i) {
-    const size_t warpgroup = (first + i) % cta.products.size();
-    std::deque<Product>& products = cta.products[warpgroup];
-    if (products.empty() || products.front().issued < kWarpgroupLanes) continue;
-    products.front().compute(cta, products.front());
-    products.pop_front();
-    ++cta.products_done[warpgroup];
-    return true;
-  }
-  return false;
-}
+bool multiply_one(Cta& cta, Random& random);
 
 // One operation of a unit. Returns whether there was one.
 inline bool advance_unit(Unit unit, Cta& cta, Random& random) {

@@ -4,8 +4,10 @@
 #include <strings.h>
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
-#include "collectives.h"
+#include "instructions.h"
 
 #define FA_DEVICE inline
 #define __global__
@@ -77,13 +79,9 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-inline int atomicAdd(int* address, int value) {
-  const int before = *address;
-  *address += value;
-  emulator::machine().poll();
-  return before;
-}
+inline void __syncthreads() { emulator::sync_named_barrier(0, blockDim.x); }
 
-inline void __threadfence() { emulator::machine().poll(); }
-
-inline void __nanosleep(unsigned) { emulator::machine().poll(); }
+inline int atomicAdd(int* address, int value) { return emulator::atomic_add(address, value); }
+inline int atomicExch(int* address, int value) { return emulator::atomic_exchange(address, value); }
+inline void __threadfence() { emulator::fence_memory(); }
+inline void __nanosleep(unsigned) { emulator::poll(); }

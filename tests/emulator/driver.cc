@@ -18,13 +18,32 @@ struct EmulatedKernel {
   std::string symbol;
   const char* (*launch)(const emulator::Launch*, const void*);
   size_t params_bytes;
+  unsigned allowed_shared_bytes;
 };
 
 unsigned num_sms = 3;
 uint64_t seed = 0;
+std::vector<emulator::MemoryRange> allocated, watched;
 std::string last_error;
 CUcontext current = nullptr;
 CUcontext const kContext = reinterpret_cast<CUcontext>(0x100);
+
+constexpr int kMaxSharedBytes = 227 * 1024, kSharedBytesUnasked = 48 * 1024;
+constexpr unsigned kMaxThreads = 1024, kMaxClusterSize = 8;
+
+// What cuda.h says that the driver requires of a tensor map.
+bool is_legal_map(const void* map, const void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
+                  const cuuint32_t* box, const cuuint32_t* element_strides) {
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
+  if (box[0] * emulator::kMapElementBytes % 16 != 0) return false;
+  for (int dim = 0; dim < emulator::kMapDims; ++dim) {
+    if (sizes[dim] == 0 || sizes[dim] > uint64_t(1) << 32) return false;
+    if (box[dim] == 0 || box[dim] > 256) return false;
+    if (element_strides[dim] != 1) return false;  // others mean something that the emulator does not know
+    if (dim > 0 && (strides[dim - 1] % 16 != 0 || strides[dim - 1] >= uint64_t(1) << 40)) return false;
+  }
+  return true;
+}
 
 }  // namespace
 
@@ -35,6 +54,12 @@ extern "C" {
 void emulator_configure(unsigned sms, uint64_t first_seed) {
   num_sms = sms;
   seed = first_seed;
+}
+
+// Of the launches from now on, beside what the driver has allocated.
+void emulator_watch(const uintptr_t* begins, const uintptr_t* ends, size_t count) {
+  watched = allocated;
+  for (size_t i = 0; i < count; ++i) watched.push_back({begins[i], ends[i]});
 }
 
 const char* emulator_last_error() { return last_error.c_str(); }
@@ -113,7 +138,9 @@ CUresult cuStreamSynchronize(CUstream) { return CUDA_SUCCESS; }
 
 CUresult cuMemAlloc(CUdeviceptr* memory, size_t size) {
   *memory = reinterpret_cast<CUdeviceptr>(aligned_alloc(256, (size + 255) / 256 * 256));
-  return *memory == 0 ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+  if (*memory == 0) return CUDA_ERROR_OUT_OF_MEMORY;
+  allocated.push_back({*memory, *memory + size});
+  return CUDA_SUCCESS;
 }
 
 CUresult cuMemsetD32Async(CUdeviceptr memory, unsigned value, size_t count, CUstream) {
@@ -135,8 +162,9 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* sym
   void* const launch = dlsym(library, (name + "_launch").c_str());
   const void* const params_bytes = dlsym(library, (name + "_params_bytes").c_str());
   if (launch == nullptr || params_bytes == nullptr) return CUDA_ERROR_NOT_FOUND;
-  *kernel = reinterpret_cast<CUkernel>(new EmulatedKernel{
-      name, reinterpret_cast<decltype(EmulatedKernel::launch)>(launch), *static_cast<const size_t*>(params_bytes)});
+  *kernel =
+      reinterpret_cast<CUkernel>(new EmulatedKernel{name, reinterpret_cast<decltype(EmulatedKernel::launch)>(launch),
+                                                    *static_cast<const size_t*>(params_bytes), kSharedBytesUnasked});
   return CUDA_SUCCESS;
 }
 
@@ -151,13 +179,20 @@ CUresult cuKernelGetParamInfo(CUkernel kernel, size_t, size_t* offset, size_t* s
   return CUDA_SUCCESS;
 }
 
-CUresult cuKernelSetAttribute(CUfunction_attribute, int, CUkernel, CUdevice) { return CUDA_SUCCESS; }
+CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice) {
+  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
+  if (value > kMaxSharedBytes) return CUDA_ERROR_INVALID_VALUE;
+  reinterpret_cast<EmulatedKernel*>(kernel)->allowed_shared_bytes = unsigned(value);
+  return CUDA_SUCCESS;
+}
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* address,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  if (rank != emulator::kMapDims) return CUDA_ERROR_INVALID_VALUE;
+  if (rank != emulator::kMapDims || !is_legal_map(map, address, sizes, strides, box, element_strides)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   emulator::TensorMap decoded = {};
   decoded.mark = emulator::TensorMap::kMark;
   decoded.base = reinterpret_cast<uintptr_t>(address);
@@ -179,8 +214,12 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = config->attrs[i].value.clusterDim.x;
   }
-  const emulator::Launch launch = {config->gridDimX,       cluster, config->blockDimX,
-                                   config->sharedMemBytes, seed++,  num_sms};
+  if (config->gridDimX == 0 || config->blockDimX > kMaxThreads || cluster > kMaxClusterSize ||
+      config->sharedMemBytes > kernel.allowed_shared_bytes) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  const emulator::Launch launch = {config->gridDimX, cluster, config->blockDimX, config->sharedMemBytes,
+                                   seed++,           num_sms, watched.data(),    watched.size()};
   last_error = kernel.launch(&launch, arguments[0]);
   if (last_error.empty()) return CUDA_SUCCESS;
   last_error = kernel.symbol + ", seed " + std::to_string(launch.seed) + ": " + last_error;

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "instructions.h"
+
 namespace emulator {
 
 struct Bf16 {
@@ -25,20 +27,19 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static float decode(uint16_t bits) {
-    static const std::array<float, 65536> kValues = [] {
-      std::array<float, 65536> values;
-      for (uint32_t i = 0; i < 65536; ++i) {
-        const int exponent = i >> 10 & 31, fraction = i & 1023;
-        float value =
-            exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction + 1024), exponent - 25);
-        if (exponent == 31) value = fraction == 0 ? INFINITY : NAN;
-        values[i] = i >> 15 ? -value : value;
-      }
-      return values;
-    }();
-    return kValues[bits];
-  }
+  inline static const std::array<float, 65536> kValues = [] {
+    std::array<float, 65536> values;
+    for (uint32_t i = 0; i < 65536; ++i) {
+      const int exponent = i >> 10 & 31, fraction = i & 1023;
+      float value =
+          exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction + 1024), exponent - 25);
+      if (exponent == 31) value = fraction == 0 ? INFINITY : NAN;
+      values[i] = i >> 15 ? -value : value;
+    }
+    return values;
+  }();
+
+  static float decode(uint16_t bits) { return kValues[bits]; }
   static uint16_t encode(float value) {
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const float magnitude = std::fabs(value);
@@ -51,5 +52,13 @@ struct Fp16 {
     return sign | uint16_t((exponent + 14) * 1024 + fraction);
   }
 };
+
+inline float decode(Format format, uint16_t bits) {
+  return format == Format::kBf16 ? Bf16::decode(bits) : Fp16::decode(bits);
+}
+
+inline uint16_t encode(Format format, float value) {
+  return format == Format::kBf16 ? Bf16::encode(value) : Fp16::encode(value);
+}
 
 }  // namespace emulator

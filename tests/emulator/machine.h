@@ -2,8 +2,10 @@
 // wgmma) is done whenever the machine pleases between the moment it is asked for and the moment somebody has waited for
 // it. A seed decides who runs next, so that a launch can be repeated exactly, and other seeds try other orders.
 //
-// To be included before the device headers. A launch that cannot go on, or does what the hardware would punish, ends
-// with a text that says where.
+// Whatever is accessed must have been ordered with who accessed it before: by barriers, by waits for the units, by
+// fences and atomic operations. Clocks tell (clocks.h), so that a missing wait shows also where the seed happens to
+// give the right order. A launch that cannot go on, or does what the hardware would punish, ends with a text that says
+// where.
 #pragma once
 
 #include <setjmp.h>
@@ -18,22 +20,19 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "async_units.h"
 #include "faults.h"
-#include "launch.h"
+#include "instructions.h"
 #include "state.h"
-
-struct EmulatedIndex {
-  unsigned x;
-};
-inline EmulatedIndex threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
 constexpr int kMaxFruitlessRounds = 200000;  // of polling, in which nothing else happens
+constexpr Time kTimesOfCta = 1 << 20;        // how often one of its parties can be told of
 
 // How keen the asynchronous units are. Lazy ones work only when no thread can go on, and always the same unit first, so
 // that another one is as late as it can be.
@@ -42,6 +41,7 @@ enum class Pace { kEager, kLazy, kMixed };
 class Machine {
  public:
   static Machine& running() { return *running_; }
+  static bool runs() { return running_ != nullptr; }
 
   // Lets the caller say whose turn it is: after turns[i] comes turns[i + 1], and after the last one the first, an index
   // into the CTAs that have not ended, modulo their number. A turn ends behind every atomic operation and fence.
@@ -49,8 +49,10 @@ class Machine {
 
   // Runs `body` on every thread of the launch. Returns what went wrong, or nothing.
   std::string run(const Launch& launch, std::function<void()> body) {
-    const auto& [grid, cluster, block, shared_bytes, seed, fitting] = launch;
+    const auto& [grid, cluster, block, shared_bytes, seed, fitting, watched, num_watched] = launch;
     const unsigned resident = std::max(fitting, cluster);
+    watched_.assign(watched, watched + num_watched);
+    slots_.assign(resident, 0);
     running_ = this;
     cluster_ = cluster;
     if (grid % cluster != 0) return "the grid is no multiple of the cluster";
@@ -166,21 +168,109 @@ class Machine {
     });
   }
 
-  // -- the asynchronous proxy's view of shared memory -----------------------------------------------------------------
+  // -- the order of accesses ------------------------------------------------------------------------------------------
 
-  void fence_async() {
-    for (int& writer : cta().written_by) {
-      if (writer == thread_->index + 1) writer = 0;
+  Visitor visitor(const Thread& thread, Proxy proxy = Proxy::kOrdinary) {
+    return {thread.party, thread.knows[thread.party], thread.knows, proxy};
+  }
+
+  // What the thread has done so far is known to whoever learns from `clock`.
+  void release(Thread& thread, Clock& clock) {
+    clock.join(thread.knows);
+    tick(thread);
+  }
+
+  // What the thread does from now on is not known to whoever has learned from it.
+  void tick(Thread& thread) {
+    const Time now = thread.knows[thread.party] + 1;
+    if (now - thread.cta->origin >= kTimesOfCta) fail("a thread synchronises too often to keep count");
+    thread.knows.advance(thread.party, now);
+  }
+
+  // `unfenced`: of the thread that writes by an ordinary instruction, which must fence before the asynchronous proxy
+  // sees what it writes.
+  void visit_shared(const Visitor& visitor, Cta& cta, uint32_t address, int bytes, Access access,
+                    std::vector<Place*>* unfenced = nullptr) {
+    const uint32_t offset = address - kSharedWindow;
+    for (uint32_t i = offset / kPlaceBytes; i <= (offset + bytes - 1) / kPlaceBytes; ++i) {
+      Place& place = cta.places[i];
+      demand(place, visitor, access,
+             [&] { return "shared address " + std::to_string(i * kPlaceBytes + kSharedWindow); });
+      place.note(visitor, access, unfenced != nullptr ? kNever : visitor.time);
+      if (unfenced != nullptr && access == Access::kWrite) unfenced->push_back(&place);
     }
   }
 
-  void check_visible(Cta& cta, uint32_t address, int bytes) {
-    for (uint32_t at = address / kUnit; at <= (address + bytes - 1) / kUnit; ++at) {
-      if (cta.written_by[at] != 0) {
-        fail("thread " + std::to_string(cta.written_by[at] - 1) + " wrote shared address " +
-             std::to_string(at * kUnit) + " without a fence before the asynchronous proxy accessed it");
-      }
+  void visit_shared(Thread& thread, Cta& cta, uint32_t address, int bytes, Access access) {
+    visit_shared(visitor(thread), cta, address, bytes, access, &thread.unfenced);
+  }
+
+  void visit_memory(const Visitor& visitor, const void* memory, int bytes, Access access) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+    const auto holds = [begin](const MemoryRange& range) { return range.begin <= begin && begin < range.end; };
+    if (std::none_of(watched_.begin(), watched_.end(), holds)) return;
+    for (uintptr_t at = begin / kPlaceBytes * kPlaceBytes; at < begin + bytes; at += kPlaceBytes) {
+      Place& place = places_.at(at);
+      demand(place, visitor, access, [&] { return "memory"; });
+      place.note(visitor, access, visitor.time);
     }
+  }
+
+  // By an ordinary instruction of the running thread.
+  void visit(const void* pointer, int bytes, Access access) {
+    if (thread_ == nullptr) return;
+    const uint8_t* const at = static_cast<const uint8_t*>(pointer);
+    const auto* const stack = reinterpret_cast<const uint8_t*>(thread_->stack.get());
+    if (stack <= at && at < stack + kStackBytes) return visit_registers(at, access);
+    if (Cta* const cta = owner(at)) {
+      visit_shared(*thread_, *cta, shared_address(*cta, at), bytes, access);
+    } else {
+      visit_memory(visitor(*thread_), at, bytes, access);
+    }
+  }
+
+  // What releases at an address of memory have passed on.
+  Clock& passed_on(const void* address) { return passed_on_[address]; }
+
+  // Of the running thread. Fragments may be read: the tensor cores only read them, too.
+  void visit_registers(const uint8_t* at, Access access) {
+    for (const HeldRegisters& held : thread_->held) {
+      const uint8_t* const begin = static_cast<const uint8_t*>(held.begin);
+      if (at < begin || begin + held.bytes <= at || (!held.accumulators && access == Access::kRead)) continue;
+      fail(held.accumulators ? "accumulators used before their product was waited for"
+                             : "a fragment written before its product was waited for");
+    }
+  }
+
+  void fence_async() {
+    show(thread_->unfenced, [](Place* place) -> Place& { return *place; });
+  }
+
+  void fence_barrier_init() {
+    show(thread_->unfenced_barriers, [](MBarrierOrder* barrier) -> Place& { return barrier->initialised; });
+  }
+
+  // Of whose shared memory it is; null: of none's.
+  Cta* owner(const void* pointer) {
+    const uint8_t* const at = static_cast<const uint8_t*>(pointer);
+    for (auto& cta : ctas_) {
+      if (cta->shared <= at && at < cta->shared + cta->shared_bytes) return cta.get();
+    }
+    return nullptr;
+  }
+
+  // Ends the launch if the visitor does not know of what was done to the place before.
+  template <class Where>
+  void demand(const Place& place, const Visitor& visitor, Access access, Where where) {
+    Visit earlier;
+    const Hazard hazard = place.hazard(visitor, access, earlier);
+    if (hazard == Hazard::kNone) return;
+    static const char* const kVerbs[] = {"reads", "adds to", "writes"};
+    static const char* const kPast[] = {"read", "added to", "wrote"};
+    const char* const missing =
+        hazard == Hazard::kUnfenced ? " without a fence of proxies after" : " not ordered after";
+    fail(party_name(visitor.party) + " " + kVerbs[int(access)] + " " + where() + "," + missing + " " +
+         party_name(earlier.party) + ", which " + kPast[int(earlier.access)] + " it");
   }
 
  private:
@@ -192,22 +282,66 @@ class Machine {
     const uintptr_t base = (reinterpret_cast<uintptr_t>(cta->storage.data()) + 1023) / 1024 * 1024;
     cta->shared = reinterpret_cast<uint8_t*>(base);
     memset(cta->shared, 0xFF, shared_bytes);  // NaN in all formats
-    cta->written_by.assign((shared_bytes + kSharedWindow) / kUnit + 1, 0);
+    cta->places.resize(shared_bytes / kPlaceBytes + 1);
     const int num_warps = (block + kWarpLanes - 1) / kWarpLanes;
     cta->registers.assign(num_warps, kRegistersPerMultiprocessor / int(block) / 8 * 8);
     cta->products.resize((block + kWarpgroupLanes - 1) / kWarpgroupLanes);
     cta->products_done.assign(cta->products.size(), 0);
     cta->threads = std::vector<Thread>(block);
+    occupy_slot(*cta);
     for (unsigned i = 0; i < block; ++i) {
       Thread& thread = cta->threads[i];
       thread.cta = cta.get();
       thread.index = int(i);
+      thread.party = cta->first_party + i;
+      thread.knows.advance(thread.party, cta->origin + 1);
       getcontext(&thread.entry);
       thread.entry.uc_stack.ss_sp = thread.stack.get();
       thread.entry.uc_stack.ss_size = kStackBytes;
       makecontext(&thread.entry, [] { running_->thread_main(); }, 0);
     }
     return cta;
+  }
+
+  // Gives a CTA a place among those that run, and its parties numbers and times behind those of who was there before.
+  void occupy_slot(Cta& cta) {
+    const auto occupied = [this](int slot) {
+      return std::any_of(ctas_.begin(), ctas_.end(), [slot](const auto& other) { return other->slot == slot; });
+    };
+    cta.slot = 0;
+    while (occupied(cta.slot)) ++cta.slot;
+    cta.first_party = 0;
+    cta.first_party = uint32_t(cta.slot) * cta.reads_party(kMaxStorers);
+    if (slots_[cta.slot] == kNever / kTimesOfCta) fail_machine("more CTAs than times are left for");
+    cta.origin = slots_[cta.slot]++ * kTimesOfCta;
+  }
+
+  std::string party_name(uint32_t party) {
+    for (const auto& cta : ctas_) {
+      if (party < cta->first_party || cta->reads_party(kMaxStorers) <= party) continue;
+      return party_name(*cta, party) + " of CTA " + std::to_string(cta->index);
+    }
+    return "a CTA that has ended";
+  }
+
+  static std::string party_name(const Cta& cta, uint32_t party) {
+    if (party < cta.products_party(0)) return "thread " + std::to_string(party - cta.first_party);
+    if (party < cta.mbarrier_party(0)) return "a product of warpgroup " + std::to_string(party - cta.products_party(0));
+    for (const auto& [address, barrier] : cta.mbarriers) {
+      if (barrier.party == party) return "a copy for the mbarrier at byte " + std::to_string(address - kSharedWindow);
+    }
+    for (const Thread& thread : cta.threads) {
+      if (thread.storer != int(party - cta.reads_party(0)) / 2) continue;
+      return "a store of thread " + std::to_string(thread.index);
+    }
+    return "nobody";
+  }
+
+  // The running thread's fence, for what it has written.
+  template <class Written, class PlaceOf>
+  void show(std::vector<Written*>& unfenced, PlaceOf place_of) {
+    for (Written* const written : unfenced) place_of(written).show(thread_->party, thread_->knows[thread_->party]);
+    unfenced.clear();
   }
 
   void thread_main() {
@@ -318,10 +452,17 @@ class Machine {
         if (!thread.ended && !thread.meets_cluster) return;
       }
     }
-    for (auto& cta : ctas_) {
-      if (cta->index / cluster_ != cluster) continue;
-      for (Thread& thread : cta->threads) thread.meets_cluster = false;
-    }
+    Clock all;
+    const auto for_each_thread = [&](auto visit) {
+      for (auto& cta : ctas_) {
+        if (cta->index / cluster_ != cluster) continue;
+        for (Thread& thread : cta->threads) {
+          if (thread.meets_cluster) visit(thread);
+        }
+      }
+    };
+    for_each_thread([&](Thread& thread) { release(thread, all); });
+    for_each_thread([&](Thread& thread) { thread.knows.join(all), thread.meets_cluster = false; });
   }
 
   void fail_machine(const std::string& what) {
@@ -350,6 +491,10 @@ class Machine {
   Thread* thread_ = nullptr;                // that runs; null while the machine does
   jmp_buf machine_;
   unsigned cluster_ = 1;
+  std::vector<Time> slots_;  // CTAs that each has had
+  std::vector<MemoryRange> watched_;
+  Places places_;
+  std::unordered_map<const void*, Clock> passed_on_;
   Random random_;
   Pace pace_ = Pace::kMixed;
   std::array<Unit, 3> units_;

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "instructions.h"
+
 namespace emulator {
 
-constexpr int kMapDims = 5;
 constexpr int kMapElementBytes = 2;
 
 struct TensorMap {

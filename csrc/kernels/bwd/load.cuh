@@ -26,6 +26,7 @@ class BackwardProducer {
         });
       }
     }
+    numbers_.close();
   }
 
  private:

@@ -64,7 +64,6 @@ struct alignas(128) BackwardParams {
   int32_t num_m_blocks;  // of the longest query sequence
   int32_t num_n_blocks;  // of the longest key sequence
   int32_t num_tiles;     // num_n_blocks of each (batch, key head) pair
-  int32_t last_number;  // of the tiles that do not exist and are taken all the same, one by each worker (bwd/tiles.cuh)
 
   int32_t heads_per_section;            // core/schedule.h; of (batch, key head) pairs
   int32_t least_heads_in_last_section;  // the same

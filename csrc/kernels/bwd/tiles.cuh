@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/schedule.h"
+#include "../core/tile_counter.cuh"
 #include "dq_part.cuh"
 
 namespace fa {
@@ -40,24 +41,24 @@ class TileNumbers {
   // asks.
   FA_DEVICE int take() {
     if constexpr (kClusterSize == 1) {
-      return take_from_counter();
+      return take_number(params_.tile_counter);
     } else {
       return tile_rank<Traits>() == 0 ? take_for_both() : receive();
+    }
+  }
+
+  // To be called once, after the last take().
+  FA_DEVICE void close() const {
+    if (kClusterSize == 1 || tile_rank<Traits>() == 0) {
+      close_counter(params_.tile_counter, int(gridDim.x) / kClusterSize);
     }
   }
 
  private:
   static constexpr int kClusterSize = BackwardShape<Traits>::kClusterSize;
 
-  // Each worker takes one number too many; who takes the last of these resets the counter for the next launch.
-  FA_DEVICE int take_from_counter() const {
-    const int number = atomicAdd(&params_.tile_counter->taken, 1);
-    if (number == params_.last_number) params_.tile_counter->taken = 0;
-    return number;
-  }
-
   FA_DEVICE int take_for_both() {
-    const int number = take_from_counter();
+    const int number = take_number(params_.tile_counter);
     control_.numbers.wait_empty({control_.num_numbers++});
     control_.sent_number[0] = number;
     cutlass::arch::fence_view_async_shared();

@@ -1,12 +1,12 @@
 // Which tile a CTA works on next. Run by one whole warp, which announces the tiles to everybody else.
 #pragma once
 
-#include "../params.h"
 #include "block_range.h"
 #include "enums.h"
 #include "packing.h"
 #include "schedule.h"
 #include "seqlen.h"
+#include "tile_counter.cuh"
 
 namespace fa {
 
@@ -30,16 +30,13 @@ class TileQueue<1> {
   // is asked for at once, so that its way to memory and back passes while this tile is loaded.
   FA_DEVICE int take(TileCounter* counter) {
     const int index = __shfl_sync(~0u, next_, 0);
-    if (threadIdx.x % kWarpThreads == 0) next_ = int(gridDim.x) + atomicAdd(&counter->taken, 1);
+    if (threadIdx.x % kWarpThreads == 0) next_ = int(gridDim.x) + take_number(counter);
     return index;
   }
 
-  // To be called once, after the last take(). The last CTA to do so resets the counter for the next launch: nobody
-  // can take any more, and the fence puts everybody's last request before.
+  // To be called once, after the last take().
   FA_DEVICE static void close(TileCounter* counter) {
-    if (threadIdx.x % kWarpThreads != 0) return;
-    __threadfence();
-    if (atomicAdd(&counter->finished, 1) == int(gridDim.x) - 1) *counter = {0, 0};
+    if (threadIdx.x % kWarpThreads == 0) close_counter(counter, int(gridDim.x));
   }
 
  private:

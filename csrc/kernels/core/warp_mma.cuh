@@ -37,6 +37,7 @@ FA_DEVICE void compute_warp_scores(float (&scores)[kSize], uint32_t q, uint32_t 
       }
     }
   }
+  __syncwarp();  // all lanes have read q and k before one of them frees these
 }
 
 }  // namespace fa

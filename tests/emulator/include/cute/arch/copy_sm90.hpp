@@ -5,6 +5,6 @@
 
 namespace cute {
 
-inline uint32_t cast_smem_ptr_to_uint(const void* pointer) { return emulator::machine().shared_address(pointer); }
+inline uint32_t cast_smem_ptr_to_uint(const void* pointer) { return emulator::shared_address(pointer); }
 
 }  // namespace cute

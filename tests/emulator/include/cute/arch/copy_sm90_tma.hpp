@@ -1,7 +1,7 @@
 // Stand-in for CUTLASS's header: copies of the TMA unit.
 #pragma once
 
-#include "../../../copies.h"
+#include "../../../instructions.h"
 
 namespace cute {
 
@@ -31,7 +31,7 @@ struct SM90_BULK_COPY_G2S {
 
 struct SM90_BULK_COPY_S2G {
   static void copy(const void* shared, void* memory, int32_t bytes) {
-    emulator::store(static_cast<float*>(memory), static_cast<const float*>(shared), bytes);
+    emulator::store_bulk(static_cast<float*>(memory), shared, bytes);
   }
 };
 

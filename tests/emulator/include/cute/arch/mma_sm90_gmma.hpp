@@ -1,7 +1,7 @@
 // Stand-in for CUTLASS's header: products of a warpgroup.
 #pragma once
 
-#include "../../../warpgroup_mma.h"
+#include "../../../instructions.h"
 #include "copy_sm90.hpp"
 
 namespace cute {
@@ -22,33 +22,55 @@ namespace SM90::GMMA {
 using Major = emulator::Major;
 enum class ScaleOut { Zero, One };
 
-template <class Format, int kColumns, Major kMajorA, Major kMajorB>
+// The accumulator's registers as they are passed one by one, and what becomes of them.
+struct Accumulator {
+  float* first = nullptr;
+  int count = 0;
+  bool adds = true;
+
+  void operator()(float& value) {
+    if (first == nullptr) first = &value;
+    emulator::check(&value == first + count, "accumulators must be neighbours in one array");
+    ++count;
+  }
+  void operator()(ScaleOut scale) { adds = scale == ScaleOut::One; }
+};
+
+template <emulator::Format kFormat, int kColumns, Major kMajorA, Major kMajorB, class... Arguments>
+void multiply(uint64_t a, const uint32_t* a_words, uint64_t b, Arguments&&... arguments) {
+  Accumulator accumulator;
+  (accumulator(arguments), ...);
+  emulator::check(accumulator.count == kColumns / 2, "a wgmma with another number of accumulators");
+  emulator::multiply({kFormat, kColumns, kMajorA, kMajorB, a, b, accumulator.adds}, a_words, accumulator.first);
+}
+
+template <emulator::Format kFormat, int kColumns, Major kMajorA, Major kMajorB>
 struct SharedShared {
   template <class... Arguments>
   static void fma(uint64_t a, uint64_t b, Arguments&&... arguments) {
-    emulator::multiply<Format, kColumns, kMajorA, kMajorB>(a, nullptr, b, arguments...);
+    multiply<kFormat, kColumns, kMajorA, kMajorB>(a, nullptr, b, arguments...);
   }
 };
 
-template <class Format, int kColumns, Major kMajorA, Major kMajorB>
+template <emulator::Format kFormat, int kColumns, Major kMajorA, Major kMajorB>
 struct RegistersShared {
   template <class... Arguments>
   static void fma(const uint32_t& a0, const uint32_t& a1, const uint32_t& a2, const uint32_t& a3, uint64_t b,
                   Arguments&&... arguments) {
-    emulator::machine().check(&a1 == &a0 + 1 && &a2 == &a0 + 2 && &a3 == &a0 + 3, "a fragment is one array");
-    emulator::multiply<Format, kColumns, kMajorA, kMajorB>(0, &a0, b, arguments...);
+    emulator::check(&a1 == &a0 + 1 && &a2 == &a0 + 2 && &a3 == &a0 + 3, "a fragment is one array");
+    multiply<kFormat, kColumns, kMajorA, kMajorB>(0, &a0, b, arguments...);
   }
 };
 
-#define EMULATED_MMA(n)                                                                        \
-  template <Major kMajorA, Major kMajorB>                                                      \
-  using MMA_64x##n##x16_F32BF16BF16_SS = SharedShared<emulator::Bf16, n, kMajorA, kMajorB>;    \
-  template <Major kMajorA, Major kMajorB>                                                      \
-  using MMA_64x##n##x16_F32F16F16_SS = SharedShared<emulator::Fp16, n, kMajorA, kMajorB>;      \
-  template <Major kMajorA, Major kMajorB>                                                      \
-  using MMA_64x##n##x16_F32BF16BF16_RS = RegistersShared<emulator::Bf16, n, kMajorA, kMajorB>; \
-  template <Major kMajorA, Major kMajorB>                                                      \
-  using MMA_64x##n##x16_F32F16F16_RS = RegistersShared<emulator::Fp16, n, kMajorA, kMajorB>;
+#define EMULATED_MMA(n)                                                                                 \
+  template <Major kMajorA, Major kMajorB>                                                               \
+  using MMA_64x##n##x16_F32BF16BF16_SS = SharedShared<emulator::Format::kBf16, n, kMajorA, kMajorB>;    \
+  template <Major kMajorA, Major kMajorB>                                                               \
+  using MMA_64x##n##x16_F32F16F16_SS = SharedShared<emulator::Format::kFp16, n, kMajorA, kMajorB>;      \
+  template <Major kMajorA, Major kMajorB>                                                               \
+  using MMA_64x##n##x16_F32BF16BF16_RS = RegistersShared<emulator::Format::kBf16, n, kMajorA, kMajorB>; \
+  template <Major kMajorA, Major kMajorB>                                                               \
+  using MMA_64x##n##x16_F32F16F16_RS = RegistersShared<emulator::Format::kFp16, n, kMajorA, kMajorB>;
 
 EMULATED_MMA(8)
 EMULATED_MMA(16)

@@ -1,7 +1,7 @@
 // Stand-in for CUTLASS's header: barriers and fences.
 #pragma once
 
-#include "../../../memory_barriers.h"
+#include "../../../instructions.h"
 
 namespace cutlass::arch {
 
@@ -10,7 +10,7 @@ struct ClusterBarrier {
   static void wait(const uint64_t* barrier, uint32_t parity) { emulator::wait_mbarrier(barrier, parity); }
   static void arrive(const uint64_t* barrier) { emulator::arrive_mbarrier(barrier); }
   static void arrive(const uint64_t* barrier, uint32_t rank, uint32_t predicate) {
-    if (predicate) emulator::arrive_mbarrier(emulator::machine().in_rank(int(rank), barrier));
+    if (predicate) emulator::arrive_mbarrier(barrier, int(rank));
   }
 };
 
@@ -29,10 +29,10 @@ struct NamedBarrier {
   static constexpr uint32_t kReserved = 8;
 
   static void sync(uint32_t threads, uint32_t id) { emulator::sync_named_barrier(kReserved + id, threads); }
-  static void arrive(uint32_t threads, uint32_t id) { emulator::join_named_barrier(kReserved + id, threads); }
+  static void arrive(uint32_t threads, uint32_t id) { emulator::arrive_named_barrier(kReserved + id, threads); }
 };
 
-inline void fence_barrier_init() {}
-inline void fence_view_async_shared() { emulator::machine().fence_async(); }
+inline void fence_barrier_init() { emulator::fence_barrier_init(); }
+inline void fence_view_async_shared() { emulator::fence_async(); }
 
 }  // namespace cutlass::arch

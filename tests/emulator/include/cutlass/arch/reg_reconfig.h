@@ -1,7 +1,7 @@
 // Stand-in for CUTLASS's header: setmaxnreg.
 #pragma once
 
-#include "../../../memory_barriers.h"
+#include "../../../instructions.h"
 
 namespace cutlass::arch {
 
