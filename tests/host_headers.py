@@ -38,3 +38,8 @@ def build(*sources: str) -> ctypes.CDLL:
     ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+def emulated_machine() -> list[str]:
+    """The emulator's sources, for `build`, without the driver."""
+    return sorted(f"emulator/{path.name}" for path in (_FOLDER / "emulator").glob("*.cc") if path.name != "driver.cc")

@@ -139,8 +139,7 @@ def in_order(
 
 
 def shim() -> ctypes.CDLL:
-    machine = ("machine", "collectives", "barriers", "memory", "warpgroup_mma")
-    library = host_headers.build("scheduler_shim.cc", *(f"emulator/{part}.cc" for part in machine))
+    library = host_headers.build("scheduler_shim.cc", *host_headers.emulated_machine())
     library.launch.restype = ctypes.c_char_p
     return library
 

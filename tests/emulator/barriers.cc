@@ -10,7 +10,7 @@ namespace {
 // By the running thread, in the shared memory of its CTA.
 MBarrierUse mbarrier(const void* address) {
   Cta& cta = machine().cta();
-  return {cta, machine().shared_address(address), machine().visitor(machine().thread())};
+  return {cta, machine().shared_address(address), machine().order().visitor(machine().thread())};
 }
 
 unsigned join_named_barrier(uint32_t id, uint32_t threads) {
@@ -18,7 +18,7 @@ unsigned join_named_barrier(uint32_t id, uint32_t threads) {
   NamedBarrier& barrier = machine().cta().named[id];
   if (barrier.arrived == 0) barrier.expected = int(threads);
   machine().check(barrier.expected == int(threads), "threads disagree on a named barrier's size");
-  machine().release(machine().thread(), barrier.gathered);
+  machine().order().release(machine().thread(), barrier.gathered);
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
@@ -39,7 +39,7 @@ void init_mbarrier(const void* address, uint32_t arrivals) {
   const uint32_t party = cta.mbarrier_party(cta.mbarriers.size());
   MBarrierOrder& order = cta.mbarriers[machine().shared_address(address)];
   order.party = party;
-  order.initialised.note(machine().visitor(thread), Access::kWrite, kNever);
+  order.initialised.note(machine().order().visitor(thread), Access::kWrite, kNever);
   thread.unfenced_barriers.push_back(&order);
 }
 
@@ -51,7 +51,7 @@ void arrive_mbarrier(const void* address, int rank) {
   Thread& thread = machine().thread();
   Cta& there = machine().in_rank(machine().cta(), rank);
   const Proxy proxy = &there == thread.cta ? Proxy::kOrdinary : Proxy::kAsynchronous;
-  MBarrierUse(there, machine().shared_address(address), machine().visitor(thread, proxy)).arrive(thread);
+  MBarrierUse(there, machine().shared_address(address), machine().order().visitor(thread, proxy)).arrive(thread);
 }
 
 void arrive_named_barrier(uint32_t id, uint32_t threads) { join_named_barrier(id, threads); }

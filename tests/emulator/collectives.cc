@@ -16,7 +16,7 @@ void store_matrix_row(Thread* lanes, int i) {
   uint8_t* row = machine().shared_pointer(lanes[i].value, 16);
   machine().check(lanes[i].value % 16 == 0, "stmatrix: a row is not aligned to 16 bytes");
   for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(row + l % 4 * 4, &lanes[l].words[i / 8], 4);
-  machine().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kWrite);
+  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kWrite);
 }
 
 // ldmatrix.x4, the other way round.
@@ -24,13 +24,13 @@ void load_matrix_row(Thread* lanes, int i) {
   const uint8_t* row = machine().shared_pointer(lanes[i].value, 16);
   machine().check(lanes[i].value % 16 == 0, "ldmatrix: a row is not aligned to 16 bytes");
   for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(&lanes[l].words[i / 8], row + l % 4 * 4, 4);
-  machine().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kRead);
+  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kRead);
 }
 
 // __syncwarp: each lane learns what all know.
 void share_knowledge(Thread* lanes) {
   Clock all;
-  for (int i = 0; i < kWarpLanes; ++i) machine().release(lanes[i], all);
+  for (int i = 0; i < kWarpLanes; ++i) machine().order().release(lanes[i], all);
   for (int i = 0; i < kWarpLanes; ++i) lanes[i].knows.join(all);
 }
 

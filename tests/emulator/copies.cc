@@ -59,7 +59,7 @@ struct Asker {
 Asker ask() {
   Thread& thread = machine().thread();
   const Asker asker = {thread.party, thread.knows[thread.party], thread.knows};
-  machine().tick(thread);
+  machine().order().tick(thread);
   return asker;
 }
 
@@ -84,7 +84,7 @@ void load_box(const void* map, const void* barrier, void* shared, const int32_t 
       const Visitor copier = done.copier(asker.knows);
       for_each_element(decoded, address, coordinates, [&](uint32_t to, const uint8_t* from) {
         uint8_t* const element = machine().shared_pointer(there, to, kMapElementBytes);
-        if (to % kUnit == 0) machine().visit_shared(copier, there, to, kUnit, Access::kWrite);
+        if (to % kUnit == 0) machine().order().visit_shared(copier, there, to, kUnit, Access::kWrite);
         if (from == nullptr) {
           memset(element, 0, kMapElementBytes);
         } else {
@@ -109,7 +109,7 @@ void load_bytes(const void* memory, const void* barrier, void* shared, int bytes
   const Asker asker = ask();
   cta->loads.push_back([=] {
     MBarrierUse done(*cta, barrier_address, asker.visitor());
-    machine().visit_shared(done.copier(asker.knows), *cta, to, bytes, Access::kWrite);
+    machine().order().visit_shared(done.copier(asker.knows), *cta, to, bytes, Access::kWrite);
     memcpy(shared, memory, bytes);
     done.complete_bytes(bytes);
   });
@@ -124,8 +124,8 @@ void copy_to_rank(int rank, uint32_t to, uint32_t from, int bytes, uint32_t barr
     Cta& there = machine().in_rank(*cta, rank);
     MBarrierUse done(there, barrier, asker.visitor());
     const Visitor copier = done.copier(asker.knows);
-    machine().visit_shared(copier, *cta, from, bytes, Access::kRead);
-    machine().visit_shared(copier, there, to, bytes, Access::kWrite);
+    machine().order().visit_shared(copier, *cta, from, bytes, Access::kRead);
+    machine().order().visit_shared(copier, there, to, bytes, Access::kWrite);
     memcpy(machine().shared_pointer(there, to, bytes), here, bytes);
     done.complete_bytes(bytes);
   });
@@ -142,7 +142,7 @@ void push_store(std::function<void(const Visitor&)> read_shared, std::function<v
   machine().check(thread->storer < kMaxStorers, "more threads ask for stores than the emulator counts");
   const Time time = cta->origin + Time(thread->store_groups) + 1;
   const Clock knows = thread->knows;
-  machine().tick(*thread);
+  machine().order().tick(*thread);
   const uint32_t reads = cta->reads_party(thread->storer), writes = cta->writes_party(thread->storer);
   cta->stores.push_back({thread, thread->store_groups, false,
                          [=] { read_shared({reads, time, knows, Proxy::kAsynchronous}); },
@@ -164,7 +164,7 @@ void store_box(const void* map, const void* shared, const int32_t (&first)[kMapD
     std::copy_n(at.begin(), kMapDims, coordinates);
     for_each_element(decoded, address, coordinates, [&](uint32_t from, uint8_t* to) {
       if (to == nullptr) return;
-      if (from % kUnit == 0) machine().visit_shared(visitor, *cta, from, kUnit, Access::kRead);
+      if (from % kUnit == 0) machine().order().visit_shared(visitor, *cta, from, kUnit, Access::kRead);
       uint16_t bits;
       memcpy(&bits, machine().shared_pointer(*cta, from, kMapElementBytes), kMapElementBytes);
       read->emplace_back(to, bits);
@@ -172,7 +172,7 @@ void store_box(const void* map, const void* shared, const int32_t (&first)[kMapD
   };
   push_store(read_shared, [read](const Visitor& visitor) {
     for (const auto& [to, bits] : *read) {
-      machine().visit_memory(visitor, to, kMapElementBytes, Access::kWrite);
+      machine().order().visit_memory(visitor, to, kMapElementBytes, Access::kWrite);
       memcpy(to, &bits, kMapElementBytes);
     }
   });
@@ -190,11 +190,11 @@ void push_floats(float* memory, const void* shared, int bytes, Access access, Pu
   auto read = std::make_shared<std::vector<float>>();
   Cta* const cta = &machine().cta();
   const auto read_shared = [=](const Visitor& visitor) {
-    machine().visit_shared(visitor, *cta, from, bytes, Access::kRead);
+    machine().order().visit_shared(visitor, *cta, from, bytes, Access::kRead);
     read->assign(floats, floats + bytes / 4);
   };
   push_store(read_shared, [=](const Visitor& visitor) {
-    machine().visit_memory(visitor, memory, bytes, access);
+    machine().order().visit_memory(visitor, memory, bytes, access);
     for (size_t i = 0; i < read->size(); ++i) put(memory[i], (*read)[i]);
   });
 }

@@ -22,13 +22,13 @@ void poll() { machine().poll(); }
 uint8_t* shared_memory() { return machine().cta().shared; }
 uint8_t* shared_pointer(uint32_t address, int bytes) { return machine().shared_pointer(address, bytes); }
 uint32_t shared_address(const void* pointer) { return machine().shared_address(pointer); }
-void fence_async() { machine().fence_async(); }
+void fence_async() { Order::fence_async(machine().thread()); }
 void fence_proxies() {
-  machine().fence_async();
+  fence_async();
   machine().thread().acquires = false;
 }
 
-void fence_barrier_init() { machine().fence_barrier_init(); }
+void fence_barrier_init() { Order::fence_barrier_init(machine().thread()); }
 
 const uint32_t* words() { return machine().thread().words; }
 

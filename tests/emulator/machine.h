@@ -20,19 +20,18 @@
 #include <random>
 #include <sstream>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "async_units.h"
 #include "faults.h"
 #include "instructions.h"
+#include "order.h"
 #include "state.h"
 
 namespace emulator {
 
 constexpr int kMaxFruitlessRounds = 200000;  // of polling, in which nothing else happens
-constexpr Time kTimesOfCta = 1 << 20;        // how often one of its parties can be told of
 
 // How keen the asynchronous units are. Lazy ones work only when no thread can go on, and always the same unit first, so
 // that another one is as late as it can be.
@@ -51,8 +50,7 @@ class Machine {
   std::string run(const Launch& launch, std::function<void()> body) {
     const auto& [grid, cluster, block, shared_bytes, seed, fitting, watched, num_watched] = launch;
     const unsigned resident = std::max(fitting, cluster);
-    watched_.assign(watched, watched + num_watched);
-    slots_.assign(resident, 0);
+    order_.begin({watched, watched + num_watched}, resident);
     running_ = this;
     cluster_ = cluster;
     if (grid % cluster != 0) return "the grid is no multiple of the cluster";
@@ -85,9 +83,12 @@ class Machine {
 
   // -- called by the running thread -----------------------------------------------------------------------------------
 
+  bool has_thread() const { return thread_ != nullptr; }
   Thread& thread() { return *thread_; }
   Cta& cta() { return *thread_->cta; }
   int warpgroup() { return thread_->index / kWarpgroupLanes; }
+
+  Order& order() { return order_; }
 
   // Ends the launch. Does not return when a thread runs.
   void fail(const std::string& error) {
@@ -132,11 +133,7 @@ class Machine {
     return cta.shared + offset;
   }
 
-  uint32_t shared_address(const void* pointer) { return shared_address(cta(), pointer); }
-
-  static uint32_t shared_address(const Cta& cta, const void* pointer) {
-    return uint32_t(static_cast<const uint8_t*>(pointer) - cta.shared) + kSharedWindow;
-  }
+  uint32_t shared_address(const void* pointer) { return cta().shared_address(pointer); }
 
   // -- clusters -------------------------------------------------------------------------------------------------------
 
@@ -152,13 +149,6 @@ class Machine {
     return cta();
   }
 
-  // What a pointer into the running CTA's shared memory would point to in that rank.
-  template <class Value>
-  Value* in_rank(int rank, Value* pointer) {
-    uint8_t* const base = in_rank(cta(), rank).shared;
-    return reinterpret_cast<Value*>(base + (reinterpret_cast<const uint8_t*>(pointer) - cta().shared));
-  }
-
   void sync_cluster() {
     Thread& self = *thread_;
     self.meets_cluster = true;
@@ -166,111 +156,6 @@ class Machine {
       complete_cluster_meeting(self.cta->index / cluster_);
       return !self.meets_cluster;
     });
-  }
-
-  // -- the order of accesses ------------------------------------------------------------------------------------------
-
-  Visitor visitor(const Thread& thread, Proxy proxy = Proxy::kOrdinary) {
-    return {thread.party, thread.knows[thread.party], thread.knows, proxy};
-  }
-
-  // What the thread has done so far is known to whoever learns from `clock`.
-  void release(Thread& thread, Clock& clock) {
-    clock.join(thread.knows);
-    tick(thread);
-  }
-
-  // What the thread does from now on is not known to whoever has learned from it.
-  void tick(Thread& thread) {
-    const Time now = thread.knows[thread.party] + 1;
-    if (now - thread.cta->origin >= kTimesOfCta) fail("a thread synchronises too often to keep count");
-    thread.knows.advance(thread.party, now);
-  }
-
-  // `unfenced`: of the thread that writes by an ordinary instruction, which must fence before the asynchronous proxy
-  // sees what it writes.
-  void visit_shared(const Visitor& visitor, Cta& cta, uint32_t address, int bytes, Access access,
-                    std::vector<Place*>* unfenced = nullptr) {
-    const uint32_t offset = address - kSharedWindow;
-    for (uint32_t i = offset / kPlaceBytes; i <= (offset + bytes - 1) / kPlaceBytes; ++i) {
-      Place& place = cta.places[i];
-      demand(place, visitor, access,
-             [&] { return "shared address " + std::to_string(i * kPlaceBytes + kSharedWindow); });
-      place.note(visitor, access, unfenced != nullptr ? kNever : visitor.time);
-      if (unfenced != nullptr && access == Access::kWrite) unfenced->push_back(&place);
-    }
-  }
-
-  void visit_shared(Thread& thread, Cta& cta, uint32_t address, int bytes, Access access) {
-    visit_shared(visitor(thread), cta, address, bytes, access, &thread.unfenced);
-  }
-
-  void visit_memory(const Visitor& visitor, const void* memory, int bytes, Access access) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-    const auto holds = [begin](const MemoryRange& range) { return range.begin <= begin && begin < range.end; };
-    if (std::none_of(watched_.begin(), watched_.end(), holds)) return;
-    for (uintptr_t at = begin / kPlaceBytes * kPlaceBytes; at < begin + bytes; at += kPlaceBytes) {
-      Place& place = places_.at(at);
-      demand(place, visitor, access, [&] { return "memory"; });
-      place.note(visitor, access, visitor.time);
-    }
-  }
-
-  // By an ordinary instruction of the running thread.
-  void visit(const void* pointer, int bytes, Access access) {
-    if (thread_ == nullptr) return;
-    const uint8_t* const at = static_cast<const uint8_t*>(pointer);
-    const auto* const stack = reinterpret_cast<const uint8_t*>(thread_->stack.get());
-    if (stack <= at && at < stack + kStackBytes) return visit_registers(at, access);
-    if (Cta* const cta = owner(at)) {
-      visit_shared(*thread_, *cta, shared_address(*cta, at), bytes, access);
-    } else {
-      visit_memory(visitor(*thread_), at, bytes, access);
-    }
-  }
-
-  // What releases at an address of memory have passed on.
-  Clock& passed_on(const void* address) { return passed_on_[address]; }
-
-  // Of the running thread. Fragments may be read: the tensor cores only read them, too.
-  void visit_registers(const uint8_t* at, Access access) {
-    for (const HeldRegisters& held : thread_->held) {
-      const uint8_t* const begin = static_cast<const uint8_t*>(held.begin);
-      if (at < begin || begin + held.bytes <= at || (!held.accumulators && access == Access::kRead)) continue;
-      fail(held.accumulators ? "accumulators used before their product was waited for"
-                             : "a fragment written before its product was waited for");
-    }
-  }
-
-  void fence_async() {
-    show(thread_->unfenced, [](Place* place) -> Place& { return *place; });
-  }
-
-  void fence_barrier_init() {
-    show(thread_->unfenced_barriers, [](MBarrierOrder* barrier) -> Place& { return barrier->initialised; });
-  }
-
-  // Of whose shared memory it is; null: of none's.
-  Cta* owner(const void* pointer) {
-    const uint8_t* const at = static_cast<const uint8_t*>(pointer);
-    for (auto& cta : ctas_) {
-      if (cta->shared <= at && at < cta->shared + cta->shared_bytes) return cta.get();
-    }
-    return nullptr;
-  }
-
-  // Ends the launch if the visitor does not know of what was done to the place before.
-  template <class Where>
-  void demand(const Place& place, const Visitor& visitor, Access access, Where where) {
-    Visit earlier;
-    const Hazard hazard = place.hazard(visitor, access, earlier);
-    if (hazard == Hazard::kNone) return;
-    static const char* const kVerbs[] = {"reads", "adds to", "writes"};
-    static const char* const kPast[] = {"read", "added to", "wrote"};
-    const char* const missing =
-        hazard == Hazard::kUnfenced ? " without a fence of proxies after" : " not ordered after";
-    fail(party_name(visitor.party) + " " + kVerbs[int(access)] + " " + where() + "," + missing + " " +
-         party_name(earlier.party) + ", which " + kPast[int(earlier.access)] + " it");
   }
 
  private:
@@ -288,60 +173,17 @@ class Machine {
     cta->products.resize((block + kWarpgroupLanes - 1) / kWarpgroupLanes);
     cta->products_done.assign(cta->products.size(), 0);
     cta->threads = std::vector<Thread>(block);
-    occupy_slot(*cta);
     for (unsigned i = 0; i < block; ++i) {
       Thread& thread = cta->threads[i];
       thread.cta = cta.get();
       thread.index = int(i);
-      thread.party = cta->first_party + i;
-      thread.knows.advance(thread.party, cta->origin + 1);
       getcontext(&thread.entry);
       thread.entry.uc_stack.ss_sp = thread.stack.get();
       thread.entry.uc_stack.ss_size = kStackBytes;
       makecontext(&thread.entry, [] { running_->thread_main(); }, 0);
     }
+    order_.enter(*cta);
     return cta;
-  }
-
-  // Gives a CTA a place among those that run, and its parties numbers and times behind those of who was there before.
-  void occupy_slot(Cta& cta) {
-    const auto occupied = [this](int slot) {
-      return std::any_of(ctas_.begin(), ctas_.end(), [slot](const auto& other) { return other->slot == slot; });
-    };
-    cta.slot = 0;
-    while (occupied(cta.slot)) ++cta.slot;
-    cta.first_party = 0;
-    cta.first_party = uint32_t(cta.slot) * cta.reads_party(kMaxStorers);
-    if (slots_[cta.slot] == kNever / kTimesOfCta) fail_machine("more CTAs than times are left for");
-    cta.origin = slots_[cta.slot]++ * kTimesOfCta;
-  }
-
-  std::string party_name(uint32_t party) {
-    for (const auto& cta : ctas_) {
-      if (party < cta->first_party || cta->reads_party(kMaxStorers) <= party) continue;
-      return party_name(*cta, party) + " of CTA " + std::to_string(cta->index);
-    }
-    return "a CTA that has ended";
-  }
-
-  static std::string party_name(const Cta& cta, uint32_t party) {
-    if (party < cta.products_party(0)) return "thread " + std::to_string(party - cta.first_party);
-    if (party < cta.mbarrier_party(0)) return "a product of warpgroup " + std::to_string(party - cta.products_party(0));
-    for (const auto& [address, barrier] : cta.mbarriers) {
-      if (barrier.party == party) return "a copy for the mbarrier at byte " + std::to_string(address - kSharedWindow);
-    }
-    for (const Thread& thread : cta.threads) {
-      if (thread.storer != int(party - cta.reads_party(0)) / 2) continue;
-      return "a store of thread " + std::to_string(thread.index);
-    }
-    return "nobody";
-  }
-
-  // The running thread's fence, for what it has written.
-  template <class Written, class PlaceOf>
-  void show(std::vector<Written*>& unfenced, PlaceOf place_of) {
-    for (Written* const written : unfenced) place_of(written).show(thread_->party, thread_->knows[thread_->party]);
-    unfenced.clear();
   }
 
   void thread_main() {
@@ -461,7 +303,7 @@ class Machine {
         }
       }
     };
-    for_each_thread([&](Thread& thread) { release(thread, all); });
+    for_each_thread([&](Thread& thread) { order_.release(thread, all); });
     for_each_thread([&](Thread& thread) { thread.knows.join(all), thread.meets_cluster = false; });
   }
 
@@ -488,13 +330,10 @@ class Machine {
 
   std::function<void()> body_;
   std::vector<std::unique_ptr<Cta>> ctas_;  // resident
-  Thread* thread_ = nullptr;                // that runs; null while the machine does
+  Order order_{ctas_, [this](const std::string& error) { fail(error); }};
+  Thread* thread_ = nullptr;  // that runs; null while the machine does
   jmp_buf machine_;
   unsigned cluster_ = 1;
-  std::vector<Time> slots_;  // CTAs that each has had
-  std::vector<MemoryRange> watched_;
-  Places places_;
-  std::unordered_map<const void*, Clock> passed_on_;
   Random random_;
   Pace pace_ = Pace::kMixed;
   std::array<Unit, 3> units_;

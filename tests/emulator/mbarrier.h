@@ -30,8 +30,8 @@ class MBarrierUse {
         order_(cta.mbarriers[address]),
         cta_(cta) {
     if (state_.mark != MBarrier::kMark) machine().fail("an mbarrier that was not initialised");
-    machine().demand(order_.initialised, visitor, Access::kRead,
-                     [&] { return "the mbarrier at byte " + std::to_string(address - kSharedWindow); });
+    machine().order().demand(order_.initialised, visitor, Access::kRead, "the mbarrier at byte",
+                             address - kSharedWindow);
   }
 
   void expect(int bytes) {
@@ -40,7 +40,7 @@ class MBarrierUse {
   }
 
   void arrive(Thread& thread) {
-    machine().release(thread, order_.arrived);
+    machine().order().release(thread, order_.arrived);
     if (--state_.pending < 0) machine().fail("more arrivals at an mbarrier than its phase expects");
     complete_phase_if_due();
   }

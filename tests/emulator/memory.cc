@@ -8,8 +8,8 @@ namespace {
 // thread knew; one that acquires, or precedes a fence, learns it.
 int replace(int* address, int (*next)(int before, int value), int value) {
   Thread& thread = machine().thread();
-  machine().visit_memory(machine().visitor(thread), address, sizeof(int), Access::kAdd);
-  Clock& passed_on = machine().passed_on(address);
+  machine().order().visit_memory(machine().order().visitor(thread), address, sizeof(int), Access::kAdd);
+  Clock& passed_on = machine().order().passed_on(address);
   thread.seen.join(passed_on);
   passed_on.join(thread.fenced);
   const int before = *address;
@@ -32,29 +32,30 @@ void fence_memory() {
   Thread& thread = machine().thread();
   thread.knows.join(thread.seen);
   thread.seen.clear();
-  machine().release(thread, thread.fenced);
+  machine().order().release(thread, thread.fenced);
   machine().poll();
 }
 
 int load_acquire(const int* address) {
   Thread& thread = machine().thread();
-  machine().visit_memory(machine().visitor(thread), address, sizeof(int), Access::kAdd);
-  thread.knows.join(machine().passed_on(address));
+  machine().order().visit_memory(machine().order().visitor(thread), address, sizeof(int), Access::kAdd);
+  thread.knows.join(machine().order().passed_on(address));
   thread.acquires = true;
   return *address;
 }
 
 void add_release(int* address, int value) {
   Thread& thread = machine().thread();
-  machine().visit_memory(machine().visitor(thread), address, sizeof(int), Access::kAdd);
-  machine().release(thread, machine().passed_on(address));
+  machine().order().visit_memory(machine().order().visitor(thread), address, sizeof(int), Access::kAdd);
+  machine().order().release(thread, machine().order().passed_on(address));
   *address += value;
 }
 
 void reduce_add(float* memory, const float* values, int count) {
   machine().check(reinterpret_cast<uintptr_t>(memory) % (count * sizeof(float)) == 0,
                   "a vector reduction is aligned to its size");
-  machine().visit_memory(machine().visitor(machine().thread()), memory, count * int(sizeof(float)), Access::kAdd);
+  machine().order().visit_memory(machine().order().visitor(machine().thread()), memory, count * int(sizeof(float)),
+                                 Access::kAdd);
   for (int i = 0; i < count; ++i) memory[i] += values[i];
 }
 

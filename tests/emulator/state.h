@@ -130,9 +130,20 @@ struct Cta {
   uint32_t reads_party(int storer) const { return mbarrier_party(kMaxMBarriers) + 2 * uint32_t(storer); }
   uint32_t writes_party(int storer) const { return reads_party(storer) + 1; }
 
+  uint32_t shared_address(const void* pointer) const {
+    return uint32_t(static_cast<const uint8_t*>(pointer) - shared) + kSharedWindow;
+  }
+
   bool ended() const {
     return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.ended; });
   }
 };
+
+// Calls visit(place) for each place of shared memory from `address` on.
+template <class Visit>
+void for_each_place(Cta& cta, uint32_t address, int bytes, Visit visit) {
+  const uint32_t offset = address - kSharedWindow;
+  for (uint32_t i = offset / kPlaceBytes; i <= (offset + bytes - 1) / kPlaceBytes; ++i) visit(cta.places[i]);
+}
 
 }  // namespace emulator

@@ -53,7 +53,7 @@ void load_operand(Cta& cta, const Visitor& visitor, Format format, Major major, 
     for (int index = 0; index < size; index += index_step) {
       const uint32_t address = tile.address(major, index, depth);
       const uint8_t* const unit = machine().shared_pointer(cta, address, kUnit);
-      machine().visit_shared(visitor, cta, address, kUnit, Access::kRead);
+      machine().order().visit_shared(visitor, cta, address, kUnit, Access::kRead);
       for (int i = 0; i < kUnitElements; ++i) {
         uint16_t bits;
         memcpy(&bits, unit + i * 2, 2);
@@ -172,7 +172,7 @@ void multiply(const Multiplication& what, const uint32_t* a_words, float* d) {
   product.a_words[t] = a_words;
   product.d[t] = d;
   learn(product, thread);
-  machine().tick(thread);
+  machine().order().tick(thread);
   hold(thread, d, what.columns / 2 * sizeof(float), true, number);
   if (a_words != nullptr) hold(thread, a_words, 4 * sizeof(uint32_t), false, number);
 }

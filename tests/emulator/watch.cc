@@ -7,7 +7,9 @@
 namespace {
 
 void visit(const void* pointer, size_t bytes, emulator::Access access) {
-  if (emulator::Machine::runs()) emulator::machine().visit(pointer, int(bytes), access);
+  if (!emulator::Machine::runs()) return;
+  emulator::Machine& machine = emulator::machine();
+  if (machine.has_thread()) machine.order().visit(machine.thread(), pointer, int(bytes), access);
 }
 
 }  // namespace
