@@ -14,7 +14,7 @@ from flash_attn_3 import runtime_build
 _FOLDER = Path(__file__).resolve().parent
 _KERNELS = _FOLDER.parent / "csrc" / "kernels"
 #: Signed overflow, which the device would let pass, aborts. A fortified longjmp refuses to change stacks.
-_FLAGS = ("-std=c++17", "-O1", "-ftrapv", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O1", "-ftrapv", "-U_FORTIFY_SOURCE", "-shared", "-Wl,-z,defs", "-fPIC")
 
 
 @functools.cache
@@ -40,6 +40,7 @@ def build(*sources: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def emulated_machine() -> list[str]:
-    """The emulator's sources, for `build`, without the driver."""
-    return sorted(f"emulator/{path.name}" for path in (_FOLDER / "emulator").glob("*.cc") if path.name != "driver.cc")
+def build_scheduler() -> ctypes.CDLL:
+    """The library of ``tests/scheduler_shim.cc``, which runs the scheduler in the emulator; as `build`."""
+    machine = sorted(path.name for path in (_FOLDER / "emulator").glob("*.cc") if path.name != "driver.cc")
+    return build("scheduler_shim.cc", *(f"emulator/{name}" for name in machine))

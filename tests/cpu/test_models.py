@@ -144,7 +144,7 @@ def test_causal_launches_keep_all_multiprocessors_busy(head_dim, seqlen):
     position = TilePosition()
 
     def m_block(index: int) -> int:
-        host_headers.build("scheduler_shim.cc").tile_position(
+        host_headers.build_scheduler().tile_position(
             *(list(Mask).index(Mask.CAUSAL), index, num_m_blocks, num_heads),
             *(plan.heads_per_section, plan.least_heads_in_last_section, ctypes.byref(position)),
         )

@@ -139,7 +139,7 @@ def in_order(
 
 
 def shim() -> ctypes.CDLL:
-    library = host_headers.build("scheduler_shim.cc", *host_headers.emulated_machine())
+    library = host_headers.build_scheduler()
     library.launch.restype = ctypes.c_char_p
     return library
 
