@@ -12,6 +12,7 @@
 
 #include "kernels/bwd/params.h"
 #include "kernels/params.h"
+#include "tensor_map_rules.h"
 
 namespace {
 
@@ -290,7 +291,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return CUDA_ERROR_INVALID_VALUE;  // as cuda.h says
+  if (!is_legal_map(map, rank, address, sizes, strides, box, element_strides)) return CUDA_ERROR_INVALID_VALUE;
   std::memset(map, 0, sizeof(*map));
   map->opaque[0] = ++num_maps;
   return finish("cuTensorMapEncodeTiled",

@@ -2,7 +2,8 @@
 
     PYTHONPATH=hopper:. python tests/mutations.py --family bwd
 
-Prints what was found for each. A statement that nobody misses is either not needed, or in a blind spot.
+Statements that call for one are taken out; what lies behind the calls is the same for all of them. Prints what was
+found for each. A statement that nobody misses is either not needed, or in a blind spot.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ SEEDS = range(3)
 CALLS = (
     *("fence_view_async_shared", "fence_proxies", "fence_barrier_init", "__threadfence"),
     *("wait_full", "wait_empty", "Barrier::wait", "tma_store_wait<0>", "wait_bulk_groups_done", r"warpgroup_wait<\d>"),
-    *("__syncwarp", "__syncthreads", "sync_cluster", "NamedBarrier::sync", "sync_warpgroup", "meet_consumers<Traits>"),
-    *("await_warpgroup", "wait_for_warpgroup", "NamedBarrier::arrive", "signal_warpgroup", "Barrier::arrive"),
-    *("release", "pass_on", "turn_.wait", r"turn\(block\).wait"),
+    *("__syncwarp", "__syncthreads", "sync_cluster", "sync_all<Traits>", "NamedBarrier::sync", "NamedBarrier::arrive"),
+    *("sync_warpgroup", "meet_consumers<Traits>", "await_warpgroup", "signal_warpgroup", "wait_buffer_free"),
+    *("Barrier::arrive", "arrive_and_expect_tx", "release", "pass_on", "close_counter"),
+    *(r"turn_\.begin", r"turn_\.wait", r"turn\(block\)\.wait"),
 )
-_CONDITION = r"if (?:constexpr )?\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) "
-_STATEMENT = re.compile(
-    rf"^(\s*(?:{_CONDITION})*)((?:[\w:.&\[\]>-]|\(\w*\))*\b(?:{'|'.join(CALLS)})\(.*\)); *(?://.*)?$"
-)
+_CALL = rf"\b(?:{'|'.join(CALLS)})\("
+_CONDITION = r"(?:if|if constexpr|for) \((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) "
+_STATEMENT = re.compile(rf"^(\s*(?:{_CONDITION})*)((?:[\w:.&\[\]<>-]|\(\w*\))*{_CALL}.*\)); *(?://.*)?$")
 
 DENSE = {"batch": 2, "seqlen_q": 200, "seqlen_k": 400, "heads_q": 4, "heads_kv": 2}
 VARLEN = {"lens_q": (70, 0, 300), "lens_k": (200, 5, 130), "heads_q": 2, "heads_kv": 2}
@@ -81,16 +82,24 @@ class Mutation:
         return f"{self.header}:{self.line}"
 
 
+def headers(family: str) -> list[Path]:
+    """A family's own; `core`, but for instructions, is looked at with the forward kernels."""
+    shared = [path for path in (KERNELS / "core").glob("*.cuh") if path.name != "ptx.cuh"]
+    return sorted([*(KERNELS / family).glob("*.cuh"), *(shared if family == "fwd" else [])])
+
+
+def calls_for_order(line: str) -> bool:
+    """Whether code on the line, beside a function's own definition, calls for a wait, fence, signal or release."""
+    code = line.split("//")[0]
+    return re.search(_CALL, code) is not None and "FA_DEVICE" not in code
+
+
 def mutations(family: str) -> Iterator[Mutation]:
-    """Of a family's headers; what `core` waits for is looked at with the forward kernels."""
-    shared = (KERNELS / "core").glob("*.cuh") if family == "fwd" else ()
-    for header in sorted([*(KERNELS / family).glob("*.cuh"), *shared]):
-        if header.name == "ptx.cuh":
-            continue
+    for header in headers(family):
         lines = header.read_text().splitlines(keepends=True)
         for number, line in enumerate(lines):
             found = _STATEMENT.match(line)
-            if found is None or found[2].startswith("return"):
+            if found is None or "FA_DEVICE" in line:
                 continue
             before, after = "".join(lines[:number]), "".join(lines[number + 1 :])
             name = str(header.relative_to(KERNELS))

@@ -1,7 +1,7 @@
 // The ABI between the runtime (host C++) and the kernels: what one launch is given.
 //
-// Plain data only. Both sides include this file and assert the sizes below, so that a kernel compiled
-// against another layout cannot be launched by mistake (kParamsVersion is part of the cache key).
+// Plain data only. Both sides include this file and assert the sizes below, and it is part of the cache key, so that a
+// kernel compiled against another layout cannot be launched by mistake.
 #pragma once
 
 #include <cuda.h>
@@ -9,8 +9,6 @@
 #include <cstdint>
 
 namespace fa {
-
-constexpr int kParamsVersion = 3;
 
 // Keys after which a tile adds its output to `promoted_out` (fwd/promotion.cuh says why).
 constexpr int kPromotionKeys = 1 << 18;

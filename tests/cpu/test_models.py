@@ -83,7 +83,7 @@ def test_key_tiles_find_their_queries_in_the_cache(head_dim, mask):
     assert sorted(launch.in_planned_sections()) == sorted(launch.all_heads_together())
     dq_bytes = 4 if launch.plan.config.dq_path is DqPath.STAGED else 2 * 4
     once = model_problems.TOKENS * model_problems.FEATURES * (2 * 2 + dq_bytes + 4 * 2)
-    assert once <= planned.bytes_moved < 2 * once < together.bytes_moved
+    assert once <= planned.bytes_moved < 1.3 * once < 2 * once < together.bytes_moved
     if mask.mask is Mask.FULL:
         assert planned.bytes_moved < 1.1 * once
     moving = planned.bytes_moved / key_tiles.MEMORY_BYTES_PER_MICROSECOND

@@ -1,7 +1,6 @@
 // The copy engine: tensor maps, loads that complete an mbarrier, stores and reductions in bulk groups.
 #include <cuda.h>
 
-#include <atomic>
 #include <functional>
 
 #include "machine.h"

@@ -3,12 +3,14 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "../tensor_map_rules.h"
 #include "launch.h"
 #include "tensor_map.h"
 
@@ -30,20 +32,6 @@ CUcontext const kContext = reinterpret_cast<CUcontext>(0x100);
 
 constexpr int kMaxSharedBytes = 227 * 1024, kSharedBytesUnasked = 48 * 1024;
 constexpr unsigned kMaxThreads = 1024, kMaxClusterSize = 8;
-
-// What cuda.h says that the driver requires of a tensor map.
-bool is_legal_map(const void* map, const void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
-                  const cuuint32_t* box, const cuuint32_t* element_strides) {
-  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
-  if (box[0] * emulator::kMapElementBytes % 16 != 0) return false;
-  for (int dim = 0; dim < emulator::kMapDims; ++dim) {
-    if (sizes[dim] == 0 || sizes[dim] > uint64_t(1) << 32) return false;
-    if (box[dim] == 0 || box[dim] > 256) return false;
-    if (element_strides[dim] != 1) return false;  // others mean something that the emulator does not know
-    if (dim > 0 && (strides[dim - 1] % 16 != 0 || strides[dim - 1] >= uint64_t(1) << 40)) return false;
-  }
-  return true;
-}
 
 }  // namespace
 
@@ -190,7 +178,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  if (rank != emulator::kMapDims || !is_legal_map(map, address, sizes, strides, box, element_strides)) {
+  if (!is_legal_map(map, rank, address, sizes, strides, box, element_strides)) return CUDA_ERROR_INVALID_VALUE;
+  // Others mean what the emulator does not know.
+  if (rank != emulator::kMapDims || std::count(element_strides, element_strides + rank, 1u) != rank) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   emulator::TensorMap decoded = {};

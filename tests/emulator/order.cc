@@ -31,8 +31,7 @@ void Order::enter(Cta& cta) {
   };
   cta.slot = 0;
   while (occupied(cta.slot)) ++cta.slot;
-  cta.first_party = 0;
-  cta.first_party = uint32_t(cta.slot) * cta.reads_party(kMaxStorers);
+  cta.first_party = uint32_t(cta.slot) * (cta.end_party() - cta.first_party);
   if (entered_[cta.slot] == kNever / kTimesOfCta) fail_("more CTAs than times are left for");
   cta.origin = entered_[cta.slot]++ * kTimesOfCta;
   for (Thread& thread : cta.threads) {
@@ -132,7 +131,7 @@ Cta* Order::owner(const uint8_t* pointer) const {
 
 std::string Order::name(uint32_t party) const {
   for (const auto& cta : ctas_) {
-    if (party < cta->first_party || cta->reads_party(kMaxStorers) <= party) continue;
+    if (party < cta->first_party || cta->end_party() <= party) continue;
     return name_in(*cta, party) + " of CTA " + std::to_string(cta->index);
   }
   return "a CTA that has ended";

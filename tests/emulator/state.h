@@ -112,9 +112,9 @@ struct Cta {
   std::vector<Place> places;                    // of shared memory
   std::map<uint32_t, MBarrierOrder> mbarriers;  // by address
   int num_storers = 0;
-  int slot;              // of those CTAs that fit on the machine
-  uint32_t first_party;  // parties: its threads, its warpgroups' products, mbarriers, stores
-  Time origin;           // times of a slot's CTAs follow each other
+  int slot;                  // of those CTAs that fit on the machine
+  uint32_t first_party = 0;  // parties: its threads, its warpgroups' products, mbarriers, stores
+  Time origin;               // times of a slot's CTAs follow each other
   std::vector<Thread> threads;
   NamedBarrier named[kNamedBarriers];
   std::vector<std::deque<Product>> products;  // of each warpgroup
@@ -129,6 +129,7 @@ struct Cta {
   // A storer's stores, as far as they have read shared memory, or as they are done.
   uint32_t reads_party(int storer) const { return mbarrier_party(kMaxMBarriers) + 2 * uint32_t(storer); }
   uint32_t writes_party(int storer) const { return reads_party(storer) + 1; }
+  uint32_t end_party() const { return reads_party(kMaxStorers); }
 
   uint32_t shared_address(const void* pointer) const {
     return uint32_t(static_cast<const uint8_t*>(pointer) - shared) + kSharedWindow;
