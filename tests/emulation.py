@@ -39,7 +39,7 @@ _EMULATOR = _FOLDER / "emulator"
 _FLAGS = ("-std=c++17", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-fPIC", "-w", "-Wno-psabi")
 #: Kernels tell of their loads and stores. -O2 takes longer to compile than -O1, and they run no faster.
 _KERNEL_FLAGS = ("-O1", "-fsanitize=thread")
-_MACHINE_FLAGS = ("-O3", "-march=native")
+_MACHINE_FLAGS = ("-O3",)
 _DTYPES = {torch.float16: fake_cuda.FP16, torch.bfloat16: fake_cuda.BF16, torch.float32: fake_cuda.FP32}
 _DTYPES[torch.int32] = fake_cuda.INT32
 
