@@ -29,6 +29,9 @@ export FLASH_ATTN_3_KERNELS
 FIND_COMPILER := from flash_attn_3.toolchain import find_compiler; find_compiler()
 EXTRAS = $(shell PYTHONPATH=hopper $(VENV)/bin/python -c '$(FIND_COMPILER)' 2>/dev/null || echo '[compiler]')
 
+# Headers alone: tests read more of them than the package carries.
+CUTLASS := $(shell sed -n 's/.*"\(nvidia-cutlass==[^"]*\)".*/\1/p' pyproject.toml)
+
 PACKAGE_SOURCES := pyproject.toml setup.py $(shell find hopper -name '*.py' -o -name '*.json') \
                    $(shell find csrc/kernels csrc/runtime -type f)
 FORMATTED_CXX := $(shell find csrc/kernels csrc/runtime tests -name '*.h' -o -name '*.hpp' -o -name '*.cuh' -o -name '*.cc')
@@ -84,6 +87,7 @@ $(VENV)/.torch: | $(VENV)/bin/pip
 
 $(VENV)/.package: $(PACKAGE_SOURCES) | $(VENV)/.torch
 	$(PIP) --group test '.$(EXTRAS)'
+	$(PIP) --no-deps $(CUTLASS)
 	@touch $@
 
 build-in-place: $(DEPENDENCIES)

@@ -18,7 +18,7 @@ _FLAGS = ("-std=c++17", "-O1", "-ftrapv", "-U_FORTIFY_SOURCE", "-shared", "-Wl,-
 
 
 @functools.cache
-def build(*sources: str) -> ctypes.CDLL:
+def build(*sources: str, includes: tuple[Path, ...] = ()) -> ctypes.CDLL:
     """The library of ``tests/<source>``, built once per process; skips the test where it cannot be built."""
     try:
         compiler, cuda = runtime_build.find_cxx_compiler(), runtime_build.find_cuda_include()
@@ -31,7 +31,7 @@ def build(*sources: str) -> ctypes.CDLL:
         *compiler,
         *_FLAGS,
         f"-I{_KERNELS}",
-        f"-isystem{cuda}",
+        *(f"-isystem{folder}" for folder in (*includes, cuda)),
         *(str(_FOLDER / source) for source in sources),
         "-o",
         str(library),

@@ -4,27 +4,38 @@
 #include <array>
 
 #include "floats.h"
+#include "layouts.h"
 #include "machine.h"
 
 namespace emulator {
 
 namespace {
 
-// stmatrix.x4: lane i gives the address of row i % 8 of matrix i / 8; lane l holds in word m elements 2 (l % 4) and
-// the next of row l / 4 of matrix m.
+// Calls visit(lane, word, byte) for the words of the row whose address lane `i` gives.
+template <class Visit>
+void for_each_word(int i, Visit visit) {
+  for (int lane = 0; lane < kWarpLanes; ++lane) {
+    for (int word = 0; word < 4; ++word) {
+      const MatrixWord place = matrix_word(lane, word);
+      if (place.lane == i) visit(lane, word, place.byte);
+    }
+  }
+}
+
+// stmatrix.x4: lane i gives the address of row i % 8 of matrix i / 8.
 void store_matrix_row(Thread* lanes, int i) {
-  uint8_t* row = machine().shared_pointer(lanes[i].value, 16);
-  machine().check(lanes[i].value % 16 == 0, "stmatrix: a row is not aligned to 16 bytes");
-  for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(row + l % 4 * 4, &lanes[l].words[i / 8], 4);
-  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kWrite);
+  uint8_t* row = machine().shared_pointer(lanes[i].value, kUnit);
+  machine().check(lanes[i].value % kUnit == 0, "stmatrix: a row is not aligned to 16 bytes");
+  for_each_word(i, [&](int lane, int word, int byte) { memcpy(row + byte, &lanes[lane].words[word], 4); });
+  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, kUnit, Access::kWrite);
 }
 
 // ldmatrix.x4, the other way round.
 void load_matrix_row(Thread* lanes, int i) {
-  const uint8_t* row = machine().shared_pointer(lanes[i].value, 16);
-  machine().check(lanes[i].value % 16 == 0, "ldmatrix: a row is not aligned to 16 bytes");
-  for (int l = i % 8 * 4; l < i % 8 * 4 + 4; ++l) memcpy(&lanes[l].words[i / 8], row + l % 4 * 4, 4);
-  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, 16, Access::kRead);
+  const uint8_t* row = machine().shared_pointer(lanes[i].value, kUnit);
+  machine().check(lanes[i].value % kUnit == 0, "ldmatrix: a row is not aligned to 16 bytes");
+  for_each_word(i, [&](int lane, int word, int byte) { memcpy(&lanes[lane].words[word], row + byte, 4); });
+  machine().order().visit_shared(lanes[i], *lanes[i].cta, lanes[i].value, kUnit, Access::kRead);
 }
 
 // __syncwarp: each lane learns what all know.
@@ -107,20 +118,27 @@ WarpWords gather(const uint32_t* words, int count) {
 
 }  // namespace
 
-// mma.m16n8k16, the first operand's rows and the second one's columns as depth: element (row, depth) of `a` is in lane
-// 4 (row % 8) + depth % 8 / 2, and (depth, column) of `b` in lane 4 column + depth % 8 / 2 (PTX ISA, "Matrix
-// Fragments"). d, rows lane / 4 and 8 below: columns 2 (lane % 4) and the next.
+// mma.m16n8k16, the first operand's columns and the second one's rows as depth.
 void multiply_in_warp(Format format, float* const* d, const uint32_t* a, const uint32_t* b) {
-  const auto element = [format](const WarpWords& words, int index, int depth, int word) {
-    return decode(format, uint16_t(words[index % 8 * 4 + depth % 8 / 2][word] >> depth % 2 * 16));
+  constexpr int kRows = 16, kDepth = 16, kColumns = 8;
+  const WarpWords a_words = gather(a, 4), b_words = gather(b, 2);
+  const auto element = [format](const WarpWords& words, int lane, int i) {
+    return decode(format, uint16_t(words[lane][i / 2] >> i % 2 * 16));
   };
-  const WarpWords all_a = gather(a, 4), all_b = gather(b, 2);
-  const int lane = machine().thread().index % kWarpLanes;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int depth = 0; depth < 16; ++depth) {
-      *d[i] += element(all_a, row, depth, row / 8 + depth / 8 * 2) * element(all_b, column, depth, depth / 8);
+  float left[kRows][kDepth], right[kDepth][kColumns];
+  for (int lane = 0; lane < kWarpLanes; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const auto [row, depth] = register_element(lane, i);
+      left[row][depth] = element(a_words, lane, i);
     }
+    for (int i = 0; i < 4; ++i) {
+      const auto [depth, column] = second_operand_element(lane, i);
+      right[depth][column] = element(b_words, lane, i);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const auto [row, column] = register_element(machine().thread().index % kWarpLanes, i);
+    for (int depth = 0; depth < kDepth; ++depth) *d[i] += left[row][depth] * right[depth][column];
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <functional>
 
+#include "layouts.h"
 #include "machine.h"
 #include "mbarrier.h"
 #include "tensor_map.h"
@@ -28,7 +29,7 @@ void for_each_element(const TensorMap& map, uint32_t shared, const int32_t (&fir
       memory += at * int64_t(dim == 0 ? kMapElementBytes : map.strides[dim - 1]);
     }
     const uint32_t linear = shared + uint32_t(i) * kMapElementBytes;
-    visit(linear ^ ((linear >> 7 & (map.swizzle_bytes / 16 - 1)) << 4), exists ? memory : nullptr);
+    visit(swizzled(linear, int(map.swizzle_bytes)), exists ? memory : nullptr);
     any |= exists;
   }
   machine().check(any, "a box without an element in bounds: the engine would touch the map's base address");

@@ -1,41 +1,13 @@
 // wgmma: products of a warpgroup, computed some time between their issue and the wait for them.
 #include "floats.h"
+#include "layouts.h"
 #include "machine.h"
 
 namespace emulator {
 
 namespace {
 
-constexpr int kMmaRows = 64, kMmaDepth = 16, kMaxMmaColumns = 256;
-
-// An operand in shared memory (PTX ISA, "Matrix descriptor format" and the canonical layouts).
-class OperandTile {
- public:
-  explicit OperandTile(uint64_t descriptor)
-      : start_(field(descriptor, 0)), leading_(field(descriptor, 16)), stride_(field(descriptor, 32)) {
-    constexpr int kWidths[] = {16, 128, 64, 32};
-    width_ = kWidths[descriptor >> 62];
-  }
-
-  // Of element (index, depth).
-  uint32_t address(Major major, int index, int depth) const {
-    uint32_t at;
-    if (major == Major::K) {
-      at = start_ + index % 8 * width_ + index / 8 * stride_ + depth * 2;
-    } else {
-      const int columns = width_ / 2;
-      at = start_ + index % columns * 2 + index / columns * leading_ + depth % 8 * width_ + depth / 8 * stride_;
-    }
-    // The swizzle exchanges units of 16 bytes, by the three bits from bit 7 on; narrow ones use fewer.
-    return at ^ ((at >> 7 & (width_ / 16 - 1)) << 4);
-  }
-
- private:
-  static uint32_t field(uint64_t descriptor, int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; }
-
-  uint32_t start_, leading_, stride_;
-  int width_;
-};
+constexpr int kMmaRows = 64, kMmaDepth = 16, kMaxMmaColumns = 256, kFragmentWords = 4;
 
 // Values of an operand, by depth.
 template <int kSize>
@@ -63,27 +35,23 @@ void load_operand(Cta& cta, const Visitor& visitor, Format format, Major major, 
   }
 }
 
-// Register 2 r + h of a thread holds columns 2 (lane % 4) + 8 h and the next of row lane / 4 + 8 r of its warp's 16.
 void load_fragment(const Product& product, Operand<kMmaRows>& values) {
   const Format format = product.what.format;
   for (int t = 0; t < kWarpgroupLanes; ++t) {
-    for (int word = 0; word < 4; ++word) {
-      const int row = t / 32 * 16 + t % 32 / 4 + word % 2 * 8, column = t % 4 * 2 + word / 2 * 8;
-      values[column][row] = decode(format, uint16_t(product.a_words[t][word]));
-      values[column + 1][row] = decode(format, uint16_t(product.a_words[t][word] >> 16));
+    for (int i = 0; i < 2 * kFragmentWords; ++i) {
+      const auto [row, depth] = register_element(t, i);
+      values[depth][row] = decode(format, uint16_t(product.a_words[t][i / 2] >> i % 2 * 16));
     }
   }
 }
-
-int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
-int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
 void accumulate(Product& product, const Operand<kMmaRows>& a, const Operand<kMaxMmaColumns>& b) {
   static float sums[kMmaRows][kMaxMmaColumns];
   const int columns = product.what.columns;
   for (int t = 0; t < kWarpgroupLanes; ++t) {
     for (int i = 0; i < columns / 2; ++i) {
-      sums[accumulator_row(t, i)][accumulator_column(t, i)] = product.what.adds ? product.d[t][i] : 0.f;
+      const auto [row, column] = register_element(t, i);
+      sums[row][column] = product.what.adds ? product.d[t][i] : 0.f;
     }
   }
   for (int row = 0; row < kMmaRows; ++row) {
@@ -94,7 +62,8 @@ void accumulate(Product& product, const Operand<kMmaRows>& a, const Operand<kMax
   }
   for (int t = 0; t < kWarpgroupLanes; ++t) {
     for (int i = 0; i < columns / 2; ++i) {
-      product.d[t][i] = sums[accumulator_row(t, i)][accumulator_column(t, i)];
+      const auto [row, column] = register_element(t, i);
+      product.d[t][i] = sums[row][column];
     }
   }
 }
@@ -174,7 +143,7 @@ void multiply(const Multiplication& what, const uint32_t* a_words, float* d) {
   learn(product, thread);
   machine().order().tick(thread);
   hold(thread, d, what.columns / 2 * sizeof(float), true, number);
-  if (a_words != nullptr) hold(thread, a_words, 4 * sizeof(uint32_t), false, number);
+  if (a_words != nullptr) hold(thread, a_words, kFragmentWords * sizeof(uint32_t), false, number);
 }
 
 void commit_products() { machine().thread().product_groups.push_back(machine().thread().products); }
