@@ -34,8 +34,9 @@ FA_HOST_DEVICE float clamp_or_nan(float x, float least, float most) {
 // 2^x to a relative error of 3e-6 (bfloat16 rounds to 2e-3, float16 to 2.4e-4); exact for whole numbers. What is above
 // 2^127 becomes 2^127. What is below 2^-126 becomes 2^-126, -infinity too: a masked score must not come here.
 FA_HOST_DEVICE float exp2_polynomial(float x) {
-  // Adding 1.5 * 2^23 leaves no bits for a fraction: the sum's last bits are x rounded to a whole number.
-  constexpr float kRound = 12582912.f;
+  // Adding 1.5 * 2^23 leaves no bits for a fraction: the sum's last bits are x rounded to a whole number, and with 127
+  // more, the exponent field of a power of two.
+  constexpr float kRound = 12582912.f + 127.f;
   const float clamped = clamp_or_nan(x, -126.f, 127.f);
   const float rounded = clamped + kRound;
   const float fraction = clamped - (rounded - kRound);  // in [-1/2, 1/2]
@@ -45,8 +46,8 @@ FA_HOST_DEVICE float exp2_polynomial(float x) {
   power = power * fraction + 0.24024099111557007f;
   power = power * fraction + 0.6931241750717163f;
   power = power * fraction + 1.f;
-  // The whole part is added to the exponent.
-  return float_of(bits_of(power) + (bits_of(rounded) << 23));
+  // A product, not a sum of bits: that would make a finite number of the NaN that GPUs have, 0x7FFFFFFF.
+  return power * float_of(bits_of(rounded) << 23);
 }
 
 }  // namespace fa
