@@ -15,8 +15,6 @@ TENSORS = (*NAMES, *INDEX_NAMES, "dq_scratch")
 #: Far apart, in the order of `TENSORS`.
 ADDRESSES = {name: 0x7F00_0000_0000 + (number << 32) for number, name in enumerate(TENSORS)}
 OPTIONS = {
-    "max_seqlen_q": 300,
-    "max_seqlen_k": 200,
     "num_ctas": 10,
     "heads_per_section": 2,
     "least_heads_in_last_section": 1,
@@ -54,14 +52,18 @@ def load(path: Path | None = None, *, varlen: bool = False, takes_turns: bool = 
     return library(path).backward_load(*(traits | changes).values())
 
 
-def dense_shapes() -> dict[str, tuple]:
-    """Batch 2, 300 queries, 200 keys, 6 and 3 heads, head dims 40 and 128; name -> shape and, where not bf16, dtype."""
-    q, k, v, out, lse = (2, 300, 6, 40), (2, 200, 3, 40), (2, 200, 3, 128), (2, 300, 6, 128), ((2, 6, 300), FP32)
+def dense_shapes(
+    batch: int = 2, seqlen_q: int = 300, seqlen_k: int = 200, heads_q: int = 6, heads_kv: int = 3
+) -> dict[str, tuple]:
+    """Head dims 40 and 128; name -> shape and, where not bf16, dtype."""
+    q, k = (batch, seqlen_q, heads_q, 40), (batch, seqlen_k, heads_kv, 40)
+    v, out, lse = (*k[:3], 128), (*q[:3], 128), ((batch, heads_q, seqlen_q), FP32)
+    blocks = -(-seqlen_q // BLOCK_M)
     return {
         **{"dout": (out,), "q": (q,), "k": (k,), "v": (v,), "out": (out,), "lse": lse, "dlse": lse},
-        "statistics": ((2, 2, 6, 320), FP32),
+        "statistics": ((2, batch, heads_q, blocks * BLOCK_M), FP32),
         **{"dq": (q,), "dk": (k,), "dv": (v,)},
-        "dq_scratch": ((2 * 6 * 320 * 64 + 2 * 6 * 5 * 2,), FP32),
+        "dq_scratch": ((batch * heads_q * blocks * (BLOCK_M * 64 + 2),), FP32),
     }
 
 

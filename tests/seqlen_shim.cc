@@ -38,3 +38,12 @@ extern "C" void rows_behind(const fa::Sequence* sequence, int batch, int num_seq
 extern "C" int padded_offset(int first_row, int batch, int block_m) {
   return fa::padded_offset(first_row, batch, block_m);
 }
+
+extern "C" int num_packed_blocks(int rows, int num_sequences, int block_rows) {
+  return fa::num_packed_blocks(rows, num_sequences, block_rows);
+}
+
+extern "C" void packed_block(const int32_t* cu_seqlens, int num_sequences, int number, int block_rows,
+                             fa::PackedBlock* result) {
+  *result = fa::packed_block(cu_seqlens, num_sequences, number, block_rows);
+}

@@ -3,6 +3,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include "device_guard.h"
+#include "kernels/core/seqlen.h"
 #include "tile_counters.h"
 
 namespace fa {
@@ -45,7 +46,24 @@ void fill_scratch(BackwardParams& params, const BackwardTensors& tensors, const 
   if (kernels.takes_turns) params.dq_turns = reinterpret_cast<int32_t*>(params.dq_blocks + rows * kernels.head_dim);
 }
 
-// The sequence lengths of packed sides are options.
+// Blocks of one side of one head: of each sequence, or of all packed ones together, whose lengths the device alone
+// knows.
+struct SideBlocks {
+  int32_t of_head;
+  int64_t of_all_heads;
+};
+
+SideBlocks side_blocks(const char* name, const RowTensor& side, int64_t batch, int64_t block_rows, bool packed) {
+  if (packed) {
+    // Block numbers times rows are 32 bits wide.
+    checked_int32(name, side.rows + batch * block_rows, 0);
+    int32_t blocks = num_packed_blocks(int(side.rows), int(batch), int(block_rows));
+    return {blocks, blocks * side.heads};
+  }
+  int64_t blocks = (side.rows + block_rows - 1) / block_rows;
+  return {static_cast<int32_t>(blocks), blocks * side.heads * batch};
+}
+
 void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const CheckedBackwardTensors& checked,
                 const BackwardKernels& kernels) {
   params.cu_seqlens_q = index_pointer(tensors.cu_seqlens_q);
@@ -59,11 +77,17 @@ void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const Ch
   params.head_dim_v = checked_int32("columns of v", checked.v.columns, 1);
   params.row_bound_q = checked_int32("rows of q", checked.q.rows, 0);
   params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
-  if (params.cu_seqlens_q == nullptr) params.seqlen_q = params.row_bound_q;
-  if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
-  params.num_n_blocks = static_cast<int32_t>((params.seqlen_k + kernels.block_n - 1) / kernels.block_n);
-  params.num_tiles = checked_int32("blocks of keys", int64_t{params.num_n_blocks} * params.heads_kv * params.batch, 0);
-  params.num_m_blocks = static_cast<int32_t>((params.seqlen_q + kernels.block_m - 1) / kernels.block_m);
+  const bool packed_q = params.cu_seqlens_q != nullptr, packed_k = params.cu_seqlens_k != nullptr;
+  if (!packed_q) params.seqlen_q = params.row_bound_q;
+  if (!packed_k) params.seqlen_k = params.row_bound_k;
+  const SideBlocks q = side_blocks("rows of q, filled up to whole blocks", checked.q, checked.batch, kernels.block_m,
+                                   packed_q),
+                   k = side_blocks("rows of k, filled up to whole blocks", checked.k, checked.batch, kernels.block_n,
+                                   packed_k);
+  params.num_m_blocks = q.of_head;
+  params.num_query_blocks = checked_int32("blocks of query rows", q.of_all_heads, 0);
+  params.num_n_blocks = k.of_head;
+  params.num_tiles = checked_int32("blocks of keys", k.of_all_heads, 0);
 }
 
 void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, const BackwardKernels& kernels) {
@@ -77,8 +101,6 @@ void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, 
 
 void fill_options(BackwardParams& params, const BackwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
-  params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
-  params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
   params.least_heads_in_last_section =
       checked_int32("least_heads_in_last_section", options.least_heads_in_last_section, 0);
@@ -100,11 +122,10 @@ uint32_t checked_ctas(const char* name, int64_t num_ctas) {
 }
 
 Grids grids(const BackwardParams& params, const BackwardKernels& kernels, int64_t num_ctas) {
-  int64_t query_blocks = int64_t{params.num_m_blocks} * params.heads_q * params.batch;
+  int64_t query_blocks = params.num_query_blocks;
   int64_t clearing = kernels.varlen ? int64_t{params.batch} * kUnusedRowCtas : 0;
   return {checked_ctas("blocks of query rows", query_blocks + clearing),
-          params.num_tiles > 0 ? checked_ctas("num_ctas", num_ctas) : 0,
-          checked_ctas("blocks of query rows", query_blocks)};
+          params.num_tiles > 0 ? checked_ctas("num_ctas", num_ctas) : 0, static_cast<uint32_t>(query_blocks)};
 }
 
 void launch(const Kernel& kernel, uint32_t num_ctas, const BackwardParams& params, CUstream stream) {

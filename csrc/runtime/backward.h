@@ -60,9 +60,7 @@ struct BackwardKernels {
 
 // What a launch is told beside its tensors; the meaning is that of the same names in BackwardParams.
 struct BackwardOptions {
-  int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
-  int64_t max_seqlen_k;  // read with cu_seqlens_k
-  int64_t num_ctas;      // of the main kernel, persistent; whole clusters
+  int64_t num_ctas;  // of the main kernel, persistent; whole clusters
   int64_t heads_per_section;
   int64_t least_heads_in_last_section;
   double softmax_scale;

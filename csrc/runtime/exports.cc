@@ -101,13 +101,11 @@ int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t s
 }
 
 // As forward_launcher.
-Function backward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_ctas,
-                           int64_t heads_per_section, int64_t least_heads_in_last_section, double softmax_scale,
-                           double score_scale, double exp2_scale, int64_t window_left, int64_t window_right,
-                           int64_t attention_chunk) {
-  BackwardLauncher launcher(
-      handle, {max_seqlen_q, max_seqlen_k, num_ctas, heads_per_section, least_heads_in_last_section, softmax_scale,
-               score_scale, exp2_scale, window_left, window_right, attention_chunk});
+Function backward_launcher(int64_t handle, int64_t num_ctas, int64_t heads_per_section,
+                           int64_t least_heads_in_last_section, double softmax_scale, double score_scale,
+                           double exp2_scale, int64_t window_left, int64_t window_right, int64_t attention_chunk) {
+  BackwardLauncher launcher(handle, {num_ctas, heads_per_section, least_heads_in_last_section, softmax_scale,
+                                     score_scale, exp2_scale, window_left, window_right, attention_chunk});
   auto launch = [launcher](TensorView dout, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                            OptionalTensor dlse, TensorView statistics, TensorView dq, TensorView dk, TensorView dv,
                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,

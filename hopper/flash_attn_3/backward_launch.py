@@ -51,7 +51,7 @@ def prepare_backward(call: BackwardSignature) -> BackwardLaunch:
     accumulation = Accumulation.ORDERED if call.deterministic else Accumulation.UNORDERED
     problem = BackwardProblem(forward_problem(forward, device_sms(forward.q.device)), accumulation)
     plan = plan_backward(problem)
-    if plan.num_tiles == 0 or math.prod(forward.q.shape) == 0:
+    if math.prod(forward.q.shape) == 0 or math.prod(forward.k.shape) == 0:
         run, checks_tensors = _write_zeros, False
     elif forward.q.device.type == "cuda":
         warnings.warn(NOT_RUN_ON_A_GPU, stacklevel=1)
@@ -104,8 +104,6 @@ def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
     scales = ScoreScales.of(spec.scale, float(spec.softcap))
     launch = runtime.backward_launcher(
         runtime.load_backward_kernels(compiler.get_kernel(plan.config)),
-        max_seqlen_q=forward.max_seqlen_q,
-        max_seqlen_k=forward.max_seqlen_k,
         num_ctas=plan.num_ctas,
         heads_per_section=plan.heads_per_section,
         least_heads_in_last_section=plan.least_heads_in_last_section,

@@ -19,7 +19,6 @@ from .backward_config import (
 )
 from .block_range import query_block_range
 from .config import Mask, Score
-from .heuristics import MAX_TILES
 from .problem import ForwardProblem
 from .sections import heads_that_end_evenly
 
@@ -59,9 +58,8 @@ class BackwardPlan:
 
     Attributes:
         config: the kernels.
-        num_tiles: blocks of keys over all query heads and sequences (0: no key, or no query head).
         num_ctas: persistent CTAs of the main kernel to launch, whole clusters: one CTA on each multiprocessor, as far
-            as there are blocks of keys.
+            as there are blocks of keys, and one cluster at least.
         heads_per_section: how many (batch, key head) pairs are worked on together: few, so that the blocks of keys of
             one head, which read the same queries and add to the same dq, find them in the L2 cache.
         least_heads_in_last_section: so many, or all, are worked on together at the end of the launch, so that it
@@ -69,7 +67,6 @@ class BackwardPlan:
     """
 
     config: BackwardConfig
-    num_tiles: int
     num_ctas: int
     heads_per_section: int
     least_heads_in_last_section: int
@@ -101,13 +98,10 @@ def plan_backward(problem: BackwardProblem) -> BackwardPlan:
         accumulation=problem.accumulation,
         **dataclasses.asdict(tile),
     )
-    num_tiles = _checked_tiles(forward, "max_seqlen_k", config.block_n, "keys")
-    _checked_tiles(forward, "max_seqlen_q", config.block_m, "query rows")
     num_workers = max(1, forward.num_sms // config.cluster_size)
     key_blocks = -(-forward.max_seqlen_k // config.block_n) * forward.batch * forward.heads_kv
     return BackwardPlan(
         config,
-        num_tiles,
         max(1, min(num_workers, key_blocks)) * config.cluster_size,
         _heads_per_section(problem, config, num_workers),
         _least_heads_in_last_section(forward, config, num_workers),
@@ -156,18 +150,6 @@ def _least_heads_in_last_section(problem: ForwardProblem, config: BackwardConfig
         return tile.end - tile.begin
 
     return heads_that_end_evenly(query_blocks, -(-problem.max_seqlen_k // config.block_n), num_workers)
-
-
-def _checked_tiles(problem: ForwardProblem, name: str, rows: int, what: str) -> int:
-    """Blocks of ``rows`` rows over all query heads and sequences. Raises ValueError for more than a grid holds."""
-    seqlen = getattr(problem, name)
-    num_tiles = -(-seqlen // rows) * problem.batch * problem.heads_q
-    if num_tiles > MAX_TILES:
-        raise ValueError(
-            f"the problem has {num_tiles} tiles of {rows} {what} (batch={problem.batch}, "
-            f"heads_q={problem.heads_q}, {name}={seqlen}); at most {MAX_TILES} are supported"
-        )
-    return num_tiles
 
 
 # -- row statistics: one float per query row and head, in scratch whose sequences begin at multiples of block_m ------

@@ -190,8 +190,6 @@ def forward_launcher(
 def backward_launcher(
     handle: int,
     *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
     num_ctas: int,
     heads_per_section: int,
     least_heads_in_last_section: int,
@@ -209,14 +207,14 @@ def backward_launcher(
 
     Each call of ``launch`` enqueues one pass, three kernels, on the current stream of the tensors' device and writes
     every row of ``dq``, ``dk`` and ``dv``; those that take part in nothing become zeros. It does not wait for the GPU,
-    may be captured into a CUDA graph, and may be called by several threads at once.
+    may be captured into a CUDA graph, and may be called by several threads at once. The lengths of packed sequences may
+    be any that the tensors hold, and differ from launch to launch.
 
     Args:
         handle: from `load_backward_kernels`.
         num_ctas, heads_per_section, least_heads_in_last_section: the launch, from `backward_plan.BackwardPlan`.
         softmax_scale: of the scores.
-        max_seqlen_q, max_seqlen_k, score_scale, exp2_scale, window_left, window_right, attention_chunk: as in
-            `forward_launcher`.
+        score_scale, exp2_scale, window_left, window_right, attention_chunk: as in `forward_launcher`.
 
     Args of ``launch``, all by position; q, k, v, lse and the index tensors as in `forward_launcher`:
         dout, out: as ``q``, with head_dim_v columns.
@@ -230,8 +228,6 @@ def backward_launcher(
     """
     return _library().backward_launcher(
         handle,
-        max_seqlen_q,
-        max_seqlen_k,
         num_ctas,
         heads_per_section,
         least_heads_in_last_section,

@@ -129,8 +129,6 @@ def test_what_the_runtime_is_asked(launchers):
     assert launcher.pop("heads_per_section") == 2 * 2  # all
     assert launcher.pop("least_heads_in_last_section") > 4  # a window leaves the last keys to few queries
     assert launcher == {
-        "max_seqlen_q": 300,
-        "max_seqlen_k": 500,
         "softmax_scale": 0.5,
         "score_scale": 0.25,
         "window_left": 3,

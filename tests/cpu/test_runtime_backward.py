@@ -8,7 +8,7 @@ import functools
 import pytest
 
 import fake_cuda
-from backward_calls import ADDRESSES, OPTIONS, backward, dense_shapes, load, packed_shapes, tensors
+from backward_calls import ADDRESSES, BLOCK_M, BLOCK_N, OPTIONS, backward, dense_shapes, load, packed_shapes, tensors
 from fake_cuda import BF16, CPU, CUDA, FP16, FP32, INT32
 from forward_calls import library
 
@@ -112,15 +112,18 @@ def test_dense_parameters(machine):
         "row_bound_k": 200,
         "num_m_blocks": 5,
         "num_n_blocks": 2,
+        "num_query_blocks": 5 * 6 * 2,
         "num_tiles": 2 * 3 * 2,
-        **{name: value for name, value in OPTIONS.items() if "seqlen" not in name and name != "num_ctas"},
+        **{name: value for name, value in OPTIONS.items() if name != "num_ctas"},
     }
 
 
 def test_packed_parameters(machine):
+    """Grids hold whatever lengths the sequences have: at most so many blocks, of which each begins with one of its own."""
     log = machine(run, packed_shapes())
     params = launches(log)[1]["params"]
     rows = 704  # 500 rows and 3 sequences in blocks of 64
+    query_blocks, key_blocks = 500 // 64 + 3, 400 // 128 + 3
     expected = {
         "lse_strides": [0, 500],
         "dlse_strides": [0, 500],
@@ -131,16 +134,15 @@ def test_packed_parameters(machine):
         "cu_seqlens_q": ADDRESSES["cu_seqlens_q"],
         "cu_seqlens_k": ADDRESSES["cu_seqlens_k"],
         "batch": 3,
-        "seqlen_q": 300,
-        "seqlen_k": 200,
         "row_bound_q": 500,
         "row_bound_k": 400,
-        "num_m_blocks": 5,
-        "num_n_blocks": 2,
-        "num_tiles": 2 * 3 * 3,
+        "num_m_blocks": query_blocks,
+        "num_n_blocks": key_blocks,
+        "num_query_blocks": query_blocks * 6,
+        "num_tiles": key_blocks * 3,
     }
     assert {name: params[name] for name in expected} == expected
-    query_blocks = 5 * 6 * 3
+    query_blocks *= 6
     assert [x["grid"][0] for x in launches(log)] == [query_blocks + 3 * UNUSED_ROW_CTAS, 10, query_blocks]
 
 
@@ -151,15 +153,6 @@ def test_used_lengths_of_dense_sides(machine, name):
     assert [x["grid"][0] for x in launches(log)] == [5 * 6 * 2 + 2 * UNUSED_ROW_CTAS, 10, 60]
     assert launches(log)[0]["params"][name] == ADDRESSES[name]
     assert not tensors_cleared_by_memset(log)
-
-
-def test_sequences_without_queries(machine):
-    """N9, N11: keys still get their zeros, and so do stored rows of q that no sequence has."""
-    log = machine(functools.partial(run, max_seqlen_q=0), packed_shapes())
-    assert [(x["symbol"], x["grid"][0]) for x in launches(log)] == [
-        ("bwd_preprocess", 3 * UNUSED_ROW_CTAS),
-        ("bwd", 10),
-    ]
 
 
 def test_no_gradient_of_the_lse(machine):
@@ -357,7 +350,7 @@ def test_no_sequence_is_the_callers(machine):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("window_left", -2), ("max_seqlen_q", 2**31), ("attention_chunk", -1), ("num_ctas", 0)]
+    ("option", "value"), [("window_left", -2), ("heads_per_section", 2**31), ("attention_chunk", -1), ("num_ctas", 0)]
 )
 def test_options_that_do_not_fit(machine, option, value):
     _, words, _ = machine(functools.partial(refuse, **{option: value}), dense_shapes())
@@ -369,10 +362,15 @@ def test_clusters_are_whole(machine):
     assert words == "num_ctas is 9; supported are multiples of the cluster size, 2"
 
 
-def test_more_ctas_than_a_grid_has(machine):
-    _, words, launched = machine(functools.partial(refuse, max_seqlen_q=2**31 - 1), packed_shapes(heads_q=96), True)
-    num_ctas = 2**31 // 64 * 96 * 3 + 3 * UNUSED_ROW_CTAS
-    assert (words, launched) == (f"blocks of query rows is {num_ctas}; supported is 0 to 2147483647", [])
+def test_more_blocks_than_a_grid_has(machine):
+    """Of queries, and of keys. (No tensor of any size has memory here.)"""
+    rows, batch = 2**20, 2**11
+    num_blocks = rows // BLOCK_M * batch * 96
+    _, words, launched = machine(refuse, dense_shapes(batch, rows, 1, heads_q=96), False)
+    assert (words, launched) == (f"blocks of query rows is {num_blocks}; supported is 0 to 2147483647", [])
+    num_blocks = rows // BLOCK_N * batch * 192
+    _, words, launched = machine(refuse, dense_shapes(batch, 1, rows, heads_q=192, heads_kv=192), False)
+    assert (words, launched) == (f"blocks of keys is {num_blocks}; supported is 0 to 2147483647", [])
 
 
 def test_a_failed_launch_names_its_kernel(machine):

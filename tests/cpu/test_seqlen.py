@@ -196,3 +196,25 @@ def test_scratch_of_packed_sequences(lengths, block_m):
         assert offset % block_m == 0 and offset >= end
         end, first_row = offset + backward_plan.round_up(length, block_m), first_row + length
     assert end <= backward_plan.padded_rows(first_row, len(lengths), block_m)
+
+
+@settings(max_examples=500)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=40),
+    before=st.integers(0, 200),
+    behind=st.integers(0, 200),
+    block_rows=st.sampled_from((64, 128)),
+)
+def test_numbers_of_packed_blocks(lengths, before, behind, block_rows):
+    """Each block of each sequence has one, in the order of the blocks; other numbers' blocks have no rows."""
+    shim = host_headers.build("seqlen_shim.cc")
+    offsets = [before + sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    found = []
+    for number in range(shim.num_packed_blocks(offsets[-1] + behind, len(lengths), block_rows)):
+        block = (ctypes.c_int * 2)()
+        shim.packed_block(int32_array(offsets), len(lengths), number, block_rows, block)
+        batch, place = block
+        assert place >= 0
+        if place * block_rows < lengths[batch]:
+            found.append((batch, place))
+    assert found == [(b, i) for b, length in enumerate(lengths) for i in range(-(-length // block_rows))]

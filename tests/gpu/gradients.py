@@ -75,11 +75,8 @@ def differentiate(case: GradientCase, tensors: Tensors, incoming: Incoming, **op
     }
     with poisoned_allocations():
         if case.is_varlen:
-            out, lse = flash_attn_interface.flash_attn_varlen_func(
-                *leaves,
-                **sequence_arguments(case, tensors),
-                **arguments,
-            )
+            arguments = sequence_arguments(case, tensors) | arguments
+            out, lse = flash_attn_interface.flash_attn_varlen_func(*leaves, **arguments)
         else:
             out, lse = flash_attn_interface.flash_attn_func(*leaves, **arguments)
         results, gradients = [out], [incoming.dout]

@@ -7,8 +7,8 @@ import torch
 
 from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES
 
-from .cases import CAUSAL, KERNEL_MASKS, WINDOW, GradientCase, each
-from .gradients import check_case, differentiate, make_incoming
+from .cases import CAUSAL, FULL, KERNEL_MASKS, WINDOW, GradientCase, each
+from .gradients import check_case, check_gradients, differentiate, make_incoming
 from .harness import make_tensors
 
 
@@ -111,6 +111,36 @@ def test_n5_empty_calls(case: GradientCase) -> None:
 def test_n9_rows_past_seqused_have_gradient_zero(case: GradientCase) -> None:
     dq, dk, _ = check_case(case, make_tensors(case))
     assert not dq[case.used_q[0] : 100].any() and not dk[:150].any()
+
+
+@pytest.mark.parametrize("longest", [100, 5000])
+@each(
+    GradientCase(
+        d,
+        lens_q=(100, 0, 257, 1),
+        lens_k=(150, 70, 0, 300),
+        deterministic=deterministic,
+        with_dlse=True,
+        **mask.options,
+    )
+    for d in BACKWARD_HEAD_DIM_TILES
+    for mask in (FULL, CAUSAL)
+    for deterministic in (False, True)
+)
+def test_max_seqlen_bounds_no_sequence(case: GradientCase, longest: int) -> None:
+    """One that is too small leaves no row out, nobody waiting for a turn, and no gradient unwritten."""
+    tensors = make_tensors(case)
+    incoming = make_incoming(case, tensors)
+    gradients = differentiate(case, tensors, incoming, max_seqlen_q=longest, max_seqlen_k=longest)
+    check_gradients(case, tensors, incoming, gradients)
+
+
+@each(GradientCase(d, lens_q=(5, 70), lens_k=(0, 0)) for d in BACKWARD_HEAD_DIM_TILES)
+def test_n5_no_key_at_all(case: GradientCase) -> None:
+    """N5: whatever max_seqlen_k says."""
+    tensors = make_tensors(case)
+    for gradient in differentiate(case, tensors, make_incoming(case, tensors), max_seqlen_k=128):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("heads_kv", [1, 4])

@@ -141,6 +141,21 @@ def test_g1_g4_lengths_change_between_replays(case: Case) -> None:
 
 @each(
     [
+        *(Case(d, lens_q=(900, 0, 0), lens_k=(1200, 0, 0), **mask.options) for d in (64, 128) for mask in KERNEL_MASKS),
+        *(GradientCase(lens_q=(900, 0, 0), lens_k=(1200, 0, 0), causal=True, **call) for call in GRADIENTS),
+    ]
+)
+def test_g1_offsets_change_between_replays(case: Case) -> None:
+    """G1: captured with all tokens in one sequence, replayed with others of the same tokens."""
+    static = make_call(case)
+    graph, results = _capture(static)
+    lengths = [((300, 300, 300), (400, 400, 400)), ((1, 0, 899), (0, 1200, 0)), ((0, 0, 900), (0, 1, 1199))]
+    for lens_q, lens_k in lengths * 3:
+        _replay_and_check(graph, static, results, make_call(case.replace(lens_q=lens_q, lens_k=lens_k)))
+
+
+@each(
+    [
         Case(128, seqlen_q=500, seqlen_k=500, causal=True),
         *(GradientCase(d, seqlen_q=500, seqlen_k=700, causal=True, deterministic=True) for d in (64, 128, 192, 256)),
     ]

@@ -57,13 +57,15 @@ struct alignas(128) BackwardParams {
   int32_t heads_kv;
   int32_t head_dim;      // columns of q, k, dq and dk; a multiple of 8
   int32_t head_dim_v;    // columns of v, out, dout and dv; a multiple of 8
-  int32_t seqlen_q;      // rows of a dense q; max_seqlen_q with cu_seqlens_q
-  int32_t seqlen_k;      // rows of a dense k; max_seqlen_k with cu_seqlens_k
+  int32_t seqlen_q;      // rows of a dense q
+  int32_t seqlen_k;      // rows of a dense k
   int32_t row_bound_q;   // size of the row dimension of the q and dout maps
   int32_t row_bound_k;   // size of the row dimension of the k, v, dk and dv maps
-  int32_t num_m_blocks;  // of the longest query sequence
-  int32_t num_n_blocks;  // of the longest key sequence
-  int32_t num_tiles;     // num_n_blocks of each (batch, key head) pair
+  int32_t num_m_blocks;  // of each query sequence, or of all packed ones together (core/seqlen.h)
+  int32_t num_n_blocks;  // of each key sequence, or of all packed ones together
+
+  int32_t num_query_blocks;  // num_m_blocks of each query head, of each sequence or of all
+  int32_t num_tiles;         // num_n_blocks of each key head, of each sequence or of all
 
   int32_t heads_per_section;            // core/schedule.h; of (batch, key head) pairs
   int32_t least_heads_in_last_section;  // the same

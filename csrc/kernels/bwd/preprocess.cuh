@@ -20,7 +20,7 @@ class Preprocess {
   FA_DEVICE explicit Preprocess(const BackwardParams& params) : params_(params) {}
 
   FA_DEVICE void run() {
-    const int num_blocks = params_.num_m_blocks * params_.heads_q * params_.batch;
+    const int num_blocks = params_.num_query_blocks;
     if (Traits::kSeqLayout == SeqLayout::kVarlen && int(blockIdx.x) >= num_blocks) {
       return UnusedRows<Traits>(params_, blockIdx.x - num_blocks).clear();
     }
@@ -68,7 +68,8 @@ class Preprocess {
     if (threadIdx.x % kRowThreads != 0) return;
     const float lse =
         exists ? params_.lse[statistic(params_.lse_batch_stride, params_.lse_head_stride, position)] : -INFINITY;
-    // The results of a row that sees no key are constants, whatever gradients come in, and it has no weights.
+    // The results of a row that sees no key are constants, whatever dlse is, and it has no weights. Its dout must be
+    // finite all the same: the products multiply it by these.
     const bool sees_keys = lse != -INFINITY;
     constexpr float kLog2E = 1.4426950408889634f;
     params_.delta[scratch_row] = sees_keys ? dot - dlse(position) : 0.f;

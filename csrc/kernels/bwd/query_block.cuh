@@ -28,6 +28,11 @@ FA_DEVICE QueryBlock query_block(const BackwardParams& params, int index) {
   block.m_block = index % params.num_m_blocks;
   block.head = index / params.num_m_blocks % params.heads_q;
   block.batch = index / params.num_m_blocks / params.heads_q;
+  if (Traits::kSeqLayout == SeqLayout::kVarlen && params.cu_seqlens_q != nullptr) {
+    const PackedBlock packed = packed_block(params.cu_seqlens_q, params.batch, block.m_block, Traits::kBlockM);
+    block.m_block = packed.block;
+    block.batch = packed.batch;
+  }
   block.q = query_sequence<Traits::kSeqLayout>(params, block.batch);
   block.scratch_row = scratch_row<Traits>(params, block.q, block.batch) + block.head * params.rows_head_stride +
                       int64_t{block.m_block} * Traits::kBlockM;

@@ -10,16 +10,25 @@ namespace fa {
 // Describes tile `index` in the slot to be announced next.
 //
 // Tiles of a head follow each other closely, so that they find its queries, and dq in fp32, in the L2 cache. The
-// longest come first: under a causal mask the first keys are seen by all queries. In steps with little in registers,
-// since the producer has few.
+// longest come first: under a causal mask the first keys are seen by all queries. Packed keys' blocks are numbered over
+// all sequences, so that few numbers stand for nothing, whatever the longest sequence might be. In steps with little in
+// registers, since the producer has few.
 template <class Traits>
 FA_DEVICE void describe_tile(const BackwardParams& params, int index, BackwardControl<Traits>& control) {
-  const HeadTile position = head_tile(index, params.num_n_blocks, params.batch * params.heads_kv,
+  const bool packed = Traits::kSeqLayout == SeqLayout::kVarlen && params.cu_seqlens_k != nullptr;
+  const HeadTile position = head_tile(index, params.num_n_blocks, (packed ? 1 : params.batch) * params.heads_kv,
                                       {params.heads_per_section, params.least_heads_in_last_section});
   KeyTile& tile = control.tile[control.num_announced % kKeyTileSlots];
-  tile.n_block = position.place;
-  tile.batch = position.head / params.heads_kv;
-  tile.head_kv = position.head - tile.batch * params.heads_kv;
+  if (packed) {
+    const PackedBlock block = packed_block(params.cu_seqlens_k, params.batch, position.place, Traits::kBlockN);
+    tile.n_block = block.block;
+    tile.batch = block.batch;
+    tile.head_kv = position.head;
+  } else {
+    tile.n_block = position.place;
+    tile.batch = position.head / params.heads_kv;
+    tile.head_kv = position.head - tile.batch * params.heads_kv;
+  }
   tile.num_heads_q = params.heads_q / params.heads_kv;
   tile.first_head_q = tile.head_kv * tile.num_heads_q;
   const volatile int& batch = tile.batch;  // read again each time: kept, it would cost a register too many

@@ -33,6 +33,33 @@ FA_HOST_DEVICE int padded_offset(int first_row, int batch, int block_m) {
   return (first_row + batch * block_m) / block_m * block_m;
 }
 
+// Blocks of packed rows are numbered over all sequences: sequence `b` begins at block padded_offset(b) / block_rows,
+// counted from the first one's row, so that a number tells the sequence, however long these are. Some numbers stand for
+// blocks without rows.
+FA_HOST_DEVICE int num_packed_blocks(int rows, int num_sequences, int block_rows) {
+  return rows / block_rows + num_sequences;
+}
+
+struct PackedBlock {
+  int batch;
+  int block;  // of the sequence
+};
+
+// What block `number` stands for.
+FA_HOST_DEVICE PackedBlock packed_block(const int32_t* cu_seqlens, int num_sequences, int number, int block_rows) {
+  const auto first_block = [=](int batch) {
+    return padded_offset(cu_seqlens[batch] - cu_seqlens[0], batch, block_rows) / block_rows;
+  };
+  int batch = 0;
+  for (int left = num_sequences; left > 1;) {
+    const int half = left / 2;
+    const bool is_behind = first_block(batch + half) <= number;
+    if (is_behind) batch += half;
+    left = is_behind ? left - half : half;
+  }
+  return {batch, number - first_block(batch)};
+}
+
 struct RowRange {
   int begin, end;  // rows [begin, end) of the storage
 };
