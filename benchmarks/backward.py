@@ -144,7 +144,8 @@ def _workspace_bytes(call: Call) -> int | None:
 
 
 def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> int:
-    """What the plan of one of this package's versions says: statistics of the query rows, and dq in fp32."""
+    """What the plan of one of this package's versions says: statistics of the query rows, dq in fp32, and dk and dv
+    where they are added up."""
     q, k, v, out = (torch.empty(size, dtype=dtype, device="meta") for size in (*shape.input_shapes, shape.out_shape))
     lse = torch.empty(0, device="meta")  # its size does not matter to the plan
     index_tensors, lengths = (None,) * 4, (None, None)
@@ -158,4 +159,5 @@ def scratch_bytes(shape: AttentionShape, dtype: torch.dtype, version: str) -> in
     accumulation = Accumulation.ORDERED if is_deterministic else Accumulation.UNORDERED
     plan = plan_backward(BackwardProblem(forward_problem(call.forward, HOPPER_SMS), accumulation))
     statistics = math.prod(call.statistics_shape(plan.config.block_m))
-    return _FLOAT_BYTES * (statistics + plan.dq_scratch_floats(statistics // 2))
+    key_parts = plan.key_part_floats(call.num_key_blocks(plan.config.block_n))
+    return _FLOAT_BYTES * (statistics + plan.dq_scratch_floats(statistics // 2) + key_parts)

@@ -11,10 +11,11 @@ from forward_calls import library
 
 NAMES = ("dout", "q", "k", "v", "out", "lse", "dlse", "statistics", "dq", "dk", "dv")
 INDEX_NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-TENSORS = (*NAMES, *INDEX_NAMES, "dq_scratch")
+TENSORS = (*NAMES, *INDEX_NAMES, "dq_scratch", "key_parts")
 #: Far apart, in the order of `TENSORS`.
 ADDRESSES = {name: 0x7F00_0000_0000 + (number << 32) for number, name in enumerate(TENSORS)}
 OPTIONS = {
+    "group_parts": 1,
     "num_ctas": 10,
     "heads_per_section": 2,
     "least_heads_in_last_section": 1,

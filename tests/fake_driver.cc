@@ -106,6 +106,7 @@ std::string params_fields(const fa::BackwardParams& p) {
        << list("dlse_strides", std::array{p.dlse_batch_stride, p.dlse_head_stride}.data(), 2) << ", "
        << field("delta", address(p.delta)) << ", " << field("lse_log2", address(p.lse_log2)) << ", "
        << field("dq_blocks", address(p.dq_blocks)) << ", " << field("dq_turns", address(p.dq_turns)) << ", "
+       << field("key_parts", address(p.key_parts)) << ", "
        << list("rows_strides", std::array{p.rows_batch_stride, p.rows_head_stride}.data(), 2) << ", "
        << field("tile_counter", address(p.tile_counter)) << ", " << field("cu_seqlens_q", address(p.cu_seqlens_q))
        << ", " << field("cu_seqlens_k", address(p.cu_seqlens_k)) << ", " << field("seqused_q", address(p.seqused_q))
@@ -115,6 +116,7 @@ std::string params_fields(const fa::BackwardParams& p) {
        << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
        << field("row_bound_k", p.row_bound_k) << ", " << field("num_m_blocks", p.num_m_blocks) << ", "
        << field("num_n_blocks", p.num_n_blocks) << ", " << field("num_query_blocks", p.num_query_blocks) << ", "
+       << field("num_key_blocks", p.num_key_blocks) << ", " << field("group_parts", p.group_parts) << ", "
        << field("num_tiles", p.num_tiles) << ", " << field("heads_per_section", p.heads_per_section) << ", "
        << field("least_heads_in_last_section", p.least_heads_in_last_section) << ", "
        << field("softmax_scale", p.softmax_scale) << ", " << field("score_scale", p.score_scale) << ", "

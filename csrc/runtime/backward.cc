@@ -2,6 +2,7 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include "call_check.h"
 #include "device_guard.h"
 #include "kernels/core/seqlen.h"
 #include "tile_counters.h"
@@ -87,7 +88,22 @@ void fill_sizes(BackwardParams& params, const BackwardTensors& tensors, const Ch
   params.num_m_blocks = q.of_head;
   params.num_query_blocks = checked_int32("blocks of query rows", q.of_all_heads, 0);
   params.num_n_blocks = k.of_head;
-  params.num_tiles = checked_int32("blocks of keys", k.of_all_heads, 0);
+  params.num_tiles = checked_int32("blocks of keys", k.of_all_heads * params.group_parts, 0);
+  params.num_key_blocks = params.num_tiles / params.group_parts;
+}
+
+void fill_key_parts(BackwardParams& params, const BackwardTensors& tensors, const BackwardKernels& kernels) {
+  if (params.group_parts == 1) return;
+  FA_CHECK(params.heads_q % (int64_t{params.heads_kv} * params.group_parts) == 0, ValueError)
+      << "group_parts is " << params.group_parts << "; supported are divisors of the "
+      << params.heads_q / params.heads_kv << " heads of q for each head of k";
+  int64_t needed = kernels.key_part_floats(params.num_tiles);
+  FA_CHECK(tensors.key_parts.has_value(), ValueError)
+      << "key_parts is not given; required with group_parts = " << params.group_parts;
+  check_scratch("key_parts", tensors.key_parts.value(), tensors.q.device());
+  FA_CHECK(tensors.key_parts.value().numel() >= needed, ValueError)
+      << "key_parts has " << tensors.key_parts.value().numel() << " elements; required are at least " << needed;
+  params.key_parts = reinterpret_cast<float*>(data_address(tensors.key_parts.value()));
 }
 
 void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, const BackwardKernels& kernels) {
@@ -101,6 +117,7 @@ void encode_maps(BackwardParams& params, const CheckedBackwardTensors& checked, 
 
 void fill_options(BackwardParams& params, const BackwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
+  params.group_parts = checked_int32("group_parts", options.group_parts, 1);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
   params.least_heads_in_last_section =
       checked_int32("least_heads_in_last_section", options.least_heads_in_last_section, 0);
@@ -123,9 +140,11 @@ uint32_t checked_ctas(const char* name, int64_t num_ctas) {
 
 Grids grids(const BackwardParams& params, const BackwardKernels& kernels, int64_t num_ctas) {
   int64_t query_blocks = params.num_query_blocks;
+  int64_t key_sums = params.group_parts > 1 ? params.num_key_blocks : 0;
   int64_t clearing = kernels.varlen ? int64_t{params.batch} * kUnusedRowCtas : 0;
   return {checked_ctas("blocks of query rows", query_blocks + clearing),
-          params.num_tiles > 0 ? checked_ctas("num_ctas", num_ctas) : 0, static_cast<uint32_t>(query_blocks)};
+          params.num_tiles > 0 ? checked_ctas("num_ctas", num_ctas) : 0,
+          checked_ctas("blocks of query rows and keys", query_blocks + key_sums)};
 }
 
 void launch(const Kernel& kernel, uint32_t num_ctas, const BackwardParams& params, CUstream stream) {
@@ -149,6 +168,7 @@ void BackwardLauncher::operator()(const BackwardTensors& tensors) const {
   fill_lse(params, tensors);
   fill_scratch(params, tensors, checked, *kernels_);
   fill_sizes(params, tensors, checked, *kernels_);
+  fill_key_parts(params, tensors, *kernels_);
   // Each CTA takes one number too many.
   checked_int32("blocks of keys and CTAs", int64_t(params.num_tiles) + num_ctas_, 0);
   Grids ctas = grids(params, *kernels_, num_ctas_);

@@ -29,6 +29,7 @@ struct BackwardTensors {
   OptionalTensor seqused_q;     // int32 (batch)
   OptionalTensor seqused_k;     // int32 (batch)
   TensorView dq_scratch;        // fp32, contiguous: BackwardKernels::dq_scratch_floats
+  OptionalTensor key_parts;  // fp32, contiguous: BackwardKernels::key_part_floats; wanted where group_parts exceeds 1
 };
 
 // The loaded kernels of one configuration, and what else is fixed when they are compiled.
@@ -56,10 +57,13 @@ struct BackwardKernels {
   int64_t dq_scratch_floats(int64_t rows) const {
     return rows * head_dim + (takes_turns ? rows / block_m * num_dq_parts : 0);
   }
+  // Elements of scratch for dk and dv of each tile, in fp32, where several are added up.
+  int64_t key_part_floats(int64_t num_tiles) const { return num_tiles * block_n * (head_dim + head_dim_v); }
 };
 
 // What a launch is told beside its tensors; the meaning is that of the same names in BackwardParams.
 struct BackwardOptions {
+  int64_t group_parts;
   int64_t num_ctas;  // of the main kernel, persistent; whole clusters
   int64_t heads_per_section;
   int64_t least_heads_in_last_section;

@@ -101,17 +101,18 @@ int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t s
 }
 
 // As forward_launcher.
-Function backward_launcher(int64_t handle, int64_t num_ctas, int64_t heads_per_section,
+Function backward_launcher(int64_t handle, int64_t group_parts, int64_t num_ctas, int64_t heads_per_section,
                            int64_t least_heads_in_last_section, double softmax_scale, double score_scale,
                            double exp2_scale, int64_t window_left, int64_t window_right, int64_t attention_chunk) {
-  BackwardLauncher launcher(handle, {num_ctas, heads_per_section, least_heads_in_last_section, softmax_scale,
-                                     score_scale, exp2_scale, window_left, window_right, attention_chunk});
+  BackwardLauncher launcher(
+      handle, {group_parts, num_ctas, heads_per_section, least_heads_in_last_section, softmax_scale, score_scale,
+               exp2_scale, window_left, window_right, attention_chunk});
   auto launch = [launcher](TensorView dout, TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                            OptionalTensor dlse, TensorView statistics, TensorView dq, TensorView dk, TensorView dv,
                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
-                           OptionalTensor seqused_k, TensorView dq_scratch) {
+                           OptionalTensor seqused_k, TensorView dq_scratch, OptionalTensor key_parts) {
     launcher({dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-              dq_scratch});
+              dq_scratch, key_parts});
   };
   return Function::FromTyped(launch, "backward");
 }

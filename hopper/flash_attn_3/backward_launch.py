@@ -104,6 +104,7 @@ def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
     scales = ScoreScales.of(spec.scale, float(spec.softcap))
     launch = runtime.backward_launcher(
         runtime.load_backward_kernels(compiler.get_kernel(plan.config)),
+        group_parts=plan.group_parts,
         num_ctas=plan.num_ctas,
         heads_per_section=plan.heads_per_section,
         least_heads_in_last_section=plan.least_heads_in_last_section,
@@ -117,6 +118,8 @@ def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
     rows = math.prod(call.statistics_shape(plan.config.block_m)[1:])
     device = spec.q.device
     new_scratch = functools.partial(torch.empty, plan.dq_scratch_floats(rows), dtype=torch.float32, device=device)
+    key_parts = plan.key_part_floats(call.num_key_blocks(plan.config.block_n))
+    new_key_parts = functools.partial(torch.empty, key_parts, dtype=torch.float32, device=device)
     new_gradients = tuple(map(_allocator, (spec.q, spec.k, spec.v)))
 
     def run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors) -> None:
@@ -124,6 +127,7 @@ def cuda_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
         dq, dk, dv = (
             new() if gradient is None else gradient for new, gradient in zip(new_gradients, (dq, dk, dv), strict=True)
         )
-        launch(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors, new_scratch())
+        scratch = (new_scratch(), new_key_parts() if key_parts else None)
+        launch(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors, *scratch)
 
     return run

@@ -190,6 +190,7 @@ def forward_launcher(
 def backward_launcher(
     handle: int,
     *,
+    group_parts: int,
     num_ctas: int,
     heads_per_section: int,
     least_heads_in_last_section: int,
@@ -203,7 +204,7 @@ def backward_launcher(
     """A backward pass but for its tensors.
 
     Returns ``launch(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-    seqused_k, dq_scratch)``.
+    seqused_k, dq_scratch, key_parts)``.
 
     Each call of ``launch`` enqueues one pass, three kernels, on the current stream of the tensors' device and writes
     every row of ``dq``, ``dk`` and ``dv``; those that take part in nothing become zeros. It does not wait for the GPU,
@@ -212,7 +213,8 @@ def backward_launcher(
 
     Args:
         handle: from `load_backward_kernels`.
-        num_ctas, heads_per_section, least_heads_in_last_section: the launch, from `backward_plan.BackwardPlan`.
+        group_parts, num_ctas, heads_per_section, least_heads_in_last_section: the launch, from
+            `backward_plan.BackwardPlan`.
         softmax_scale: of the scores.
         score_scale, exp2_scale, window_left, window_right, attention_chunk: as in `forward_launcher`.
 
@@ -222,12 +224,14 @@ def backward_launcher(
         statistics: fp32 scratch of `signature.BackwardSignature.statistics_shape`, contiguous.
         dq, dk, dv: as ``q``, ``k`` and ``v``; the gradients.
         dq_scratch: fp32 scratch of `backward_plan.BackwardPlan.dq_scratch_floats` elements.
+        key_parts: fp32 scratch of `backward_plan.BackwardPlan.key_part_floats` elements, or None where that is 0.
 
     Raises:
         As `forward_launcher`; ValueError, from ``launch``, also where ``q`` or ``k`` is empty or there is no sequence.
     """
     return _library().backward_launcher(
         handle,
+        group_parts,
         num_ctas,
         heads_per_section,
         least_heads_in_last_section,

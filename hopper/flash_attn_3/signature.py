@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import check_is_dense, invalid, plain_bool, plain_float, plain_int, window_sides
-from .backward_plan import padded_rows, round_up
+from .backward_plan import num_blocks, padded_rows, round_up
 
 
 class OptionalTensors(NamedTuple):
@@ -143,6 +143,11 @@ class BackwardSignature(NamedTuple):
         if self.forward.cu_seqlens_q is None:
             return 2, rows[0], heads, round_up(rows[1], block_m)
         return 2, heads, padded_rows(rows[0], self.forward.batch, block_m)
+
+    def num_key_blocks(self, block_n: int) -> int:
+        """Blocks of keys of all key heads and sequences."""
+        *_, rows, heads, _ = self.forward.k.shape
+        return heads * num_blocks(rows, self.forward.batch, block_n, packed=self.forward.cu_seqlens_k is not None)
 
 
 #: The tensors of a call, in the order of its signature.

@@ -92,7 +92,7 @@ def launchers(hopper, monkeypatch) -> list[dict[str, Any]]:
 
     def backward_launcher(handle, **options):
         made.append({"handle": handle, "calls": [], **options})
-        names = (*NAMES, *INDEX_NAMES, "dq_scratch")
+        names = (*NAMES, *INDEX_NAMES, "dq_scratch", "key_parts")
         return lambda *tensors: made[-1]["calls"].append(dict(zip(names, tensors, strict=True)))
 
     monkeypatch.setattr(compiler, "get_kernel", lambda config: config)
@@ -125,8 +125,9 @@ def test_what_the_runtime_is_asked(launchers):
     (launched,) = launcher.pop("calls")
     assert launcher.pop("handle").name == "bwd_bf16_d64x128_local_dense_softcap_unordered_keys_staged_m64n128s2d2"
     assert launcher.pop("exp2_scale") == pytest.approx(2.0 * math.log2(math.e))
-    assert launcher.pop("num_ctas") == 4 * 2 * 2  # of 500 keys, 4 blocks
-    assert launcher.pop("heads_per_section") == 2 * 2  # all
+    assert launcher.pop("group_parts") == 2  # heads that share keys
+    assert launcher.pop("num_ctas") == 4 * 2 * 2 * 2  # of 500 keys, 4 blocks
+    assert launcher.pop("heads_per_section") == 2 * 2 * 2  # all
     assert launcher.pop("least_heads_in_last_section") > 4  # a window leaves the last keys to few queries
     assert launcher == {
         "softmax_scale": 0.5,
@@ -137,6 +138,7 @@ def test_what_the_runtime_is_asked(launchers):
     }
     scratch, rows = launched.pop("dq_scratch"), 2 * 4 * 320
     assert (scratch.shape, scratch.dtype, scratch.device) == ((rows * 64 + rows // 64 * 2,), torch.float32, DEVICE)
+    assert launched.pop("key_parts").shape == (4 * 2 * 2 * 2 * 128 * (64 + 128),)
     given = {**tensors, "dq": dq, "dk": dk, "dv": dv, "statistics": statistics, **dict.fromkeys(INDEX_NAMES)}
     assert launched.keys() == given.keys()
     assert all(launched[name] is x for name, x in given.items())

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flash_attn_3 import presets
 from flash_attn_3.backward_config import BACKWARD_HEAD_DIM_TILES, Accumulation, BackwardConfig, DqPath, WarpgroupSplit
@@ -128,7 +130,7 @@ def test_scratch_for_dq():
     [
         ({}, 132),
         ({"num_sms": 100}, 100),  # by an `sm_margin`
-        ({"batch": 1, "heads_q": 12, "heads_kv": 3, "max_seqlen_k": 129}, 6),
+        ({"batch": 1, "heads_q": 3, "heads_kv": 3, "max_seqlen_k": 129}, 6),
         ({"batch": 1, "heads_q": 3, "heads_kv": 3, "max_seqlen_k": 129, "head_dim": 256, "head_dim_v": 256}, 12),
         ({"head_dim": 256, "head_dim_v": 256, "num_sms": 101}, 100),  # clusters of two are whole
         ({"max_seqlen_k": 0}, 1),
@@ -136,8 +138,43 @@ def test_scratch_for_dq():
     ids=str,
 )
 def test_one_cta_on_each_multiprocessor(changes, num_ctas):
-    """As far as there are blocks of keys, of which a group of heads has one."""
+    """As far as there are blocks of keys."""
     assert plan_backward(problem(**{"batch": 16, "heads_kv": 16, "heads_q": 16, **changes})).num_ctas == num_ctas
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(Mask.CAUSAL, window_right=0), MaskSpec(Mask.FULL)], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "heads_q", "heads_kv", "parts"),
+    [
+        (1, 8192, 8, 1, 8),
+        (1, 2048, 32, 8, 4),
+        (1, 2048, 28, 4, 7),
+        (8, 8192, 32, 8, 1),  # tiles enough
+        (1, 128, 16, 16, 1),  # nothing to part
+        (1, 0, 8, 1, 1),
+    ],
+)
+def test_heads_that_share_few_keys_are_parted(mask, batch, seqlen, heads_q, heads_kv, parts):
+    lengths = {"max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+    plan = plan_backward(problem(mask=mask, batch=batch, heads_q=heads_q, heads_kv=heads_kv, **lengths))
+    assert plan.group_parts == parts
+    assert plan.key_part_floats(10) == (10 * parts * 128 * (128 + 128) if parts > 1 else 0)
+
+
+@given(
+    batch=st.integers(1, 4),
+    seqlen=st.integers(1, 5000),
+    heads_kv=st.integers(1, 8),
+    group=st.integers(1, 72),
+    num_sms=st.integers(1, 132),
+)
+def test_parts_of_a_group_are_whole_heads_and_worth_it(batch, seqlen, heads_kv, group, num_sms):
+    sizes = {"batch": batch, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen, "num_sms": num_sms}
+    plan = plan_backward(problem(**sizes, heads_kv=heads_kv, heads_q=heads_kv * group))
+    tiles = -(-seqlen // 128) * batch * heads_kv
+    assert group % plan.group_parts == 0
+    assert plan.group_parts == 1 or tiles < 8 * num_sms
+    assert plan.group_parts == group or tiles * plan.group_parts >= min(num_sms, tiles * group) / 2
 
 
 def test_no_two_ctas_fit_on_a_multiprocessor():

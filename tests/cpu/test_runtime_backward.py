@@ -96,6 +96,7 @@ def test_dense_parameters(machine):
         "lse_log2": statistics + 2 * 6 * 320 * 4,
         "dq_blocks": ADDRESSES["dq_scratch"],
         "dq_turns": 0,
+        "key_parts": 0,
         "rows_strides": [6 * 320, 320],
         "cu_seqlens_q": 0,
         "cu_seqlens_k": 0,
@@ -113,13 +114,14 @@ def test_dense_parameters(machine):
         "num_m_blocks": 5,
         "num_n_blocks": 2,
         "num_query_blocks": 5 * 6 * 2,
+        "num_key_blocks": 2 * 3 * 2,
         "num_tiles": 2 * 3 * 2,
         **{name: value for name, value in OPTIONS.items() if name != "num_ctas"},
     }
 
 
 def test_packed_parameters(machine):
-    """Grids hold whatever lengths the sequences have: at most so many blocks, of which each begins with one of its own."""
+    """Grids hold whatever lengths the sequences have: at most so many blocks, where each begins with one of its own."""
     log = machine(run, packed_shapes())
     params = launches(log)[1]["params"]
     rows = 704  # 500 rows and 3 sequences in blocks of 64
@@ -144,6 +146,30 @@ def test_packed_parameters(machine):
     assert {name: params[name] for name in expected} == expected
     query_blocks *= 6
     assert [x["grid"][0] for x in launches(log)] == [query_blocks + 3 * UNUSED_ROW_CTAS, 10, query_blocks]
+
+
+def test_parts_of_a_group_of_heads(machine):
+    """Each has tiles of its own, in scratch, which the last kernel adds up for each block of keys."""
+    floats = 2 * 12 * 128 * (64 + 128)
+    log = machine(functools.partial(run, group_parts=2), dense_shapes() | {"key_parts": ((floats,), FP32)})
+    params = launches(log)[1]["params"]
+    expected = {"key_parts": ADDRESSES["key_parts"], "group_parts": 2, "num_key_blocks": 12, "num_tiles": 24}
+    assert {name: params[name] for name in expected} == expected
+    assert [x["grid"][0] for x in launches(log)] == [60, 10, 60 + 12]
+
+
+@pytest.mark.parametrize(
+    ("group_parts", "floats", "text"),
+    [
+        (3, 1 << 20, "group_parts is 3; supported are divisors of the 2 heads of q for each head of k"),
+        (2, None, "key_parts is not given; required with group_parts = 2"),
+        (2, 589823, "key_parts has 589823 elements; required are at least 589824"),
+    ],
+)
+def test_parts_that_cannot_be(machine, group_parts, floats, text):
+    shapes = dense_shapes() | ({} if floats is None else {"key_parts": ((floats,), FP32)})
+    _, words, launched = machine(functools.partial(refuse, group_parts=group_parts), shapes)
+    assert (words, launched) == (text, [])
 
 
 @pytest.mark.parametrize("name", ["seqused_q", "seqused_k"])
@@ -381,7 +407,7 @@ def test_a_failed_launch_names_its_kernel(machine):
 
 def test_kernels_with_another_parameter_layout(machine):
     text = machine(load_with_params_size, 768)
-    assert "bwd_preprocess takes 768 bytes of parameters, this runtime passes 1152" in text
+    assert "bwd_preprocess takes 768 bytes of parameters, this runtime passes 1280" in text
 
 
 def load_with_params_size(driver, path, size):

@@ -59,6 +59,21 @@ def test_head_groups(case: GradientCase) -> None:
 
 
 @each(
+    GradientCase(d, dv, **sizes, **mask.options, deterministic=deterministic, all_sms=True)
+    for d, dv in ((64, 64), (40, 72), (128, 128), (192, 128), (192, 192), (256, 256))
+    for mask in KERNEL_MASKS
+    for deterministic in (False, True)
+    for sizes in (
+        {"batch": 1, "heads_q": 8, "heads_kv": 1, "seqlen_q": 150, "seqlen_k": 300},
+        {"lens_q": (100, 0, 130), "lens_k": (140, 70, 0), "heads_q": 6, "heads_kv": 2, "spare_k": 3},
+    )
+)
+def test_few_keys_that_many_heads_share(case: GradientCase) -> None:
+    """Parts of these heads have tiles of their own, whose dk and dv are added up in the same order always."""
+    check_case(case, make_tensors(case))
+
+
+@each(
     GradientCase(d, batch=1, heads_q=2, heads_kv=1, seqlen_q=sq, seqlen_k=sk, **mask.options)
     for d in BACKWARD_HEAD_DIM_TILES
     for sq, sk in [(1, 2), (1, 300), (300, 2), (63, 65), (64, 128), (65, 127), (129, 257), (127, 129), (1000, 77)]

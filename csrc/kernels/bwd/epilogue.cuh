@@ -1,6 +1,7 @@
 // The end of a tile: dk and dv to memory.
 #pragma once
 
+#include "key_part.cuh"
 #include "mma.cuh"
 
 namespace fa {
@@ -15,6 +16,7 @@ class KeyGradientEpilogue {
   FA_DEVICE void store(KeyTileMma<Traits>& mma) {
     const float scale[kRowsPerThread] = {params_.softmax_scale, params_.softmax_scale};
     scale_rows(mma.dk, scale);
+    if (params_.group_parts > 1) return store_part(mma);
     // Other warpgroups' products may have read what this one's gradients take the place of.
     meet_consumers<Traits>();
     stage<Shape::kSwizzleBytesV>(smem_.v, mma.dv);
@@ -31,6 +33,13 @@ class KeyGradientEpilogue {
 
  private:
   using Shape = BackwardShape<Traits>;
+
+  // The kernel after this one adds up the parts.
+  FA_DEVICE void store_part(const KeyTileMma<Traits>& mma) const {
+    const int warpgroup = tile_rank<Traits>() * Shape::kNumConsumerWarpgroups + warpgroup_;
+    KeyPart<Traits>(params_, tile_.key_part, warpgroup).store(mma.dk, mma.dv);
+    sync_warpgroup(warpgroup_);  // all of whose products have read the keys
+  }
 
   // What the warpgroup has of the tile: some of its rows, or some of its columns.
   FA_DEVICE int first_row() const { return Shape::kSplitsColumns ? 0 : warpgroup_ * kWarpgroupRows; }

@@ -42,6 +42,7 @@ struct alignas(128) BackwardParams {
   float* lse_log2;    // lse * log2(e); +infinity for rows that do not exist or see no key
   float* dq_blocks;   // head_dim floats for each of these rows, blocks in the order of the accumulators
   int32_t* dq_turns;  // where additions take turns: one for each block and consumer warpgroup (bwd/dq_part.cuh)
+  float* key_parts;   // with group_parts > 1: dk and dv of each tile (bwd/key_part.cuh)
   int64_t rows_batch_stride,
       rows_head_stride;  // of delta and lse_log2, elements; the batch stride is 0 with cu_seqlens_q
 
@@ -65,9 +66,11 @@ struct alignas(128) BackwardParams {
   int32_t num_n_blocks;  // of each key sequence, or of all packed ones together
 
   int32_t num_query_blocks;  // num_m_blocks of each query head, of each sequence or of all
-  int32_t num_tiles;         // num_n_blocks of each key head, of each sequence or of all
+  int32_t num_key_blocks;    // num_n_blocks of each key head, of each sequence or of all
+  int32_t group_parts;       // of the query heads that share keys, each of which has tiles of its own; divides them
+  int32_t num_tiles;         // num_key_blocks of each part
 
-  int32_t heads_per_section;            // core/schedule.h; of (batch, key head) pairs
+  int32_t heads_per_section;            // core/schedule.h; of parts of (batch, key head) pairs
   int32_t least_heads_in_last_section;  // the same
 
   float softmax_scale;  // of dq and dk: a score's gradient times this, with the softcap's slope included
@@ -82,6 +85,6 @@ struct alignas(128) BackwardParams {
 // Sequences share out the rows that take part in none of them; each share is worked on by so many CTAs.
 constexpr int kUnusedRowCtas = 8;
 
-static_assert(sizeof(BackwardParams) == 6 * 128 + 3 * 128, "the kernels and the runtime must agree on this layout");
+static_assert(sizeof(BackwardParams) == 6 * 128 + 4 * 128, "the kernels and the runtime must agree on this layout");
 
 }  // namespace fa

@@ -1,10 +1,13 @@
-// After the main kernel: dq from the order of the accumulators into rows, scaled and rounded.
+// After the main kernel: dq from the order of the accumulators into rows, scaled and rounded; and dk and dv where they
+// are sums of several tiles'.
 //
-// One CTA for each block of query rows of one head and sequence, with a warpgroup for each part of it (dq_part.cuh).
-// The last ones come first: of those, the main kernel's sums are still in the L2 cache.
+// One CTA for each block of query rows of one head and sequence, with a warpgroup for each part of it (dq_part.cuh),
+// and behind them those of key_sum.cuh. The last ones come first: of those, the main kernel's sums are still in the L2
+// cache.
 #pragma once
 
 #include "../core/fragment.cuh"
+#include "key_sum.cuh"
 #include "query_block.cuh"
 
 namespace fa {
@@ -15,10 +18,14 @@ class Postprocess {
   using Shape = BackwardShape<Traits>;
   static constexpr int kNumThreads = Shape::kNumDqParts * kWarpgroupThreads;
 
-  FA_DEVICE explicit Postprocess(const BackwardParams& params)
-      : params_(params), block_(query_block<Traits>(params, gridDim.x - 1 - blockIdx.x)) {}
+  FA_DEVICE explicit Postprocess(const BackwardParams& params) : params_(params) {}
 
-  FA_DEVICE void run() const {
+  FA_DEVICE void run() {
+    const int index = gridDim.x - 1 - blockIdx.x;
+    if (index >= params_.num_query_blocks) {
+      return KeyGradientSum<Traits>(params_, index - params_.num_query_blocks).run();
+    }
+    block_ = query_block<Traits>(params_, index);
     if (block_.m_block * Traits::kBlockM >= block_.q.length) return;
     float dq[kSize];
     load(dq);
@@ -55,7 +62,7 @@ class Postprocess {
   }
 
   const BackwardParams& params_;
-  const QueryBlock block_;
+  QueryBlock block_;
 };
 
 }  // namespace fa

@@ -88,7 +88,8 @@ struct KeyTile {
   int n_block;  // negative: there are no more tiles
   int batch;
   int head_kv;
-  int first_head_q, num_heads_q;  // that share the keys
+  int first_head_q, num_heads_q;  // that share the keys, or the tile's part of them
+  int key_part;                   // where dk and dv go that others are added to (bwd/key_part.cuh)
   Sequence q;
   Sequence k;
   BlockRange blocks;    // of queries

@@ -4,6 +4,7 @@
 #include "../core/schedule.h"
 #include "../core/tile_counter.cuh"
 #include "dq_part.cuh"
+#include "key_part.cuh"
 
 namespace fa {
 
@@ -15,22 +16,18 @@ namespace fa {
 // registers, since the producer has few.
 template <class Traits>
 FA_DEVICE void describe_tile(const BackwardParams& params, int index, BackwardControl<Traits>& control) {
-  const bool packed = Traits::kSeqLayout == SeqLayout::kVarlen && params.cu_seqlens_k != nullptr;
-  const HeadTile position = head_tile(index, params.num_n_blocks, (packed ? 1 : params.batch) * params.heads_kv,
+  const HeadTile position = head_tile(index, params.num_n_blocks, params.num_tiles / params.num_n_blocks,
                                       {params.heads_per_section, params.least_heads_in_last_section});
   KeyTile& tile = control.tile[control.num_announced % kKeyTileSlots];
-  if (packed) {
-    const PackedBlock block = packed_block(params.cu_seqlens_k, params.batch, position.place, Traits::kBlockN);
-    tile.n_block = block.block;
-    tile.batch = block.batch;
-    tile.head_kv = position.head;
-  } else {
-    tile.n_block = position.place;
-    tile.batch = position.head / params.heads_kv;
-    tile.head_kv = position.head - tile.batch * params.heads_kv;
-  }
-  tile.num_heads_q = params.heads_q / params.heads_kv;
-  tile.first_head_q = tile.head_kv * tile.num_heads_q;
+  tile.key_part = position.head * params.num_n_blocks + position.place;
+  const int head = position.head / params.group_parts;
+  tile.num_heads_q = params.heads_q / params.heads_kv / params.group_parts;
+  tile.first_head_q = (position.head - head * params.group_parts) * tile.num_heads_q;
+  const KeyBlock block = key_block<Traits>(params, head, position.place);
+  tile.n_block = block.n_block;
+  tile.batch = block.batch;
+  tile.head_kv = block.head_kv;
+  tile.first_head_q += tile.head_kv * (params.heads_q / params.heads_kv);
   const volatile int& batch = tile.batch;  // read again each time: kept, it would cost a register too many
   tile.q = query_sequence<Traits::kSeqLayout>(params, batch);
   tile.k = key_sequence<Traits::kSeqLayout>(params, batch);
