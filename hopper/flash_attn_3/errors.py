@@ -27,7 +27,10 @@ class KernelCompileError(RuntimeError):
 
 
 class CacheError(RuntimeError):
-    """The kernel cache folder is unsafe, read-only, full, or holds a damaged entry that a rebuild did not mend."""
+    """The kernel cache folder is unsafe, closed, read-only, full, or holds a damaged entry that a rebuild did not mend.
+
+    Also where its default place is in the home of a user who has none.
+    """
 
 
 class UnsupportedDeviceError(RuntimeError):
