@@ -307,21 +307,16 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   const std::string params = is_backward(symbol) ? params_fields(*static_cast<const fa::BackwardParams*>(arguments[0]))
                                                  : params_fields(*static_cast<const fa::ForwardParams*>(arguments[0]));
   unsigned cluster = 1;
-  int programmatic = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const CUlaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = attribute.value.clusterDim.x;
-    if (attribute.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
-      programmatic = attribute.value.programmaticStreamSerializationAllowed;
-    }
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = config->attrs[i].value.clusterDim.x;
   }
   unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
   unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};
   return finish("cuLaunchKernelEx", "\"symbol\": \"" + symbol + "\", " + list("grid", grid, 3) + ", " +
                                         list("block", block, 3) + ", " + field("smem", config->sharedMemBytes) + ", " +
                                         field("stream", reinterpret_cast<uintptr_t>(config->hStream)) + ", " +
-                                        field("cluster", cluster) + ", " + field("programmatic", programmatic) + ", " +
-                                        field("device", current_device()) + ", \"params\": {" + params + "}");
+                                        field("cluster", cluster) + ", " + field("device", current_device()) +
+                                        ", \"params\": {" + params + "}");
 }
 
 }  // extern "C"

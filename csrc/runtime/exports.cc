@@ -42,10 +42,9 @@ KernelTraits make_traits(String symbol, int64_t num_threads, int64_t smem_bytes,
 
 int64_t load_forward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
                      int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t promoted_floats,
-                     int64_t cluster_size, bool programmatic_launch) {
+                     int64_t cluster_size) {
   KernelTraits traits = make_traits(symbol, num_threads, smem_bytes, sizeof(ForwardParams));
   traits.cluster_size = static_cast<uint32_t>(checked_int32("cluster_size", cluster_size, 1));
-  traits.programmatic_launch = programmatic_launch;
   int32_t checked_floats = checked_int32("promoted_floats", promoted_floats, 0);
   TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
   TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "kv_box_rows", kv_box_rows);

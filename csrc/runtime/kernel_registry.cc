@@ -54,18 +54,9 @@ void Kernel::prepare(int ordinal) const {
 }
 
 void Kernel::launch(uint32_t num_ctas, const void* params, CUstream stream) const {
-  CUlaunchAttribute attributes[2] = {};
-  unsigned num_attributes = 0;
-  if (traits_.cluster_size > 1) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attribute.value.clusterDim = {traits_.cluster_size, 1, 1};
-  }
-  if (traits_.programmatic_launch) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
-  }
+  CUlaunchAttribute cluster{};
+  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  cluster.value.clusterDim = {traits_.cluster_size, 1, 1};
   CUlaunchConfig config{};
   config.gridDimX = num_ctas;
   config.gridDimY = config.gridDimZ = 1;
@@ -73,8 +64,8 @@ void Kernel::launch(uint32_t num_ctas, const void* params, CUstream stream) cons
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = traits_.smem_bytes;
   config.hStream = stream;
-  config.attrs = attributes;
-  config.numAttrs = num_attributes;
+  config.attrs = &cluster;
+  config.numAttrs = traits_.cluster_size > 1 ? 1 : 0;
   void* arguments[] = {const_cast<void*>(params)};
   CUresult result = driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), arguments, nullptr);
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError) << "launching " << traits_.symbol << " failed: " << describe(result);

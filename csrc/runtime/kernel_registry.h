@@ -23,7 +23,6 @@ struct KernelTraits {
   uint32_t smem_bytes;   // dynamic shared memory of a CTA
   size_t params_bytes;   // the size of its only parameter, in this runtime
   uint32_t cluster_size = 1;
-  bool programmatic_launch = false;  // may start before the kernel ahead of it in the stream has ended
 };
 
 // Hands a cubin to the driver, which copies it and loads it into a device's context at first use. `name` is for errors.

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
 BUILD_COMMAND = "python -m flash_attn_3.runtime_build"
 
-#: Whether a kernel may start before the one ahead of it in the stream has ended; it must then wait by itself.
-_PROGRAMMATIC_LAUNCH = False
-
 
 class RuntimeLibraryError(RuntimeError):
     """The runtime library is missing or cannot be loaded; the text names the command that builds it."""
@@ -90,7 +87,6 @@ def load_kernel(kernel: CompiledKernel) -> int:
         config.block_n,
         config.promoted_floats,
         config.cluster_size,
-        _PROGRAMMATIC_LAUNCH,
     )
 
 

@@ -194,7 +194,7 @@ def test_strides_that_do_not_fit(change, text):
     ],
 )
 def test_kernel_traits_that_cannot_be(index, value, text):
-    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1, False]
+    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1]
     traits[index] = value
     with pytest.raises(ValueError, match=f"^{text}"):
         library().forward_load(*traits)

@@ -36,10 +36,9 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1, programmatic_launch=False):
+def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1):
     return library(path).forward_load(
-        *(b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows),
-        *(promoted_floats, cluster_size, programmatic_launch),
+        b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows, promoted_floats, cluster_size
     )
 
 
@@ -75,7 +74,7 @@ def test_dense_parameters(machine):
     assert launch["grid"] == [4, 1, 1]
     assert launch["block"] == [384, 1, 1]
     assert launch["smem"] == 200_000
-    assert (launch["cluster"], launch["programmatic"]) == (1, 0)
+    assert launch["cluster"] == 1
     maps = {name: launch["params"].pop(name) for name in "qkvo"}
     assert len(set(maps.values())) == 4
     assert launch["params"].pop("tile_counter") != 0
@@ -210,11 +209,10 @@ def test_nothing_to_do_asks_nothing_of_the_driver(machine, call, changes):
     assert machine(run, call, tuple(changes.items())) == []
 
 
-@pytest.mark.parametrize(("cluster_size", "programmatic_launch"), [(1, True), (2, False), (4, True)])
-def test_launch_attributes(machine, cluster_size, programmatic_launch):
-    scenario = functools.partial(run, cluster_size=cluster_size, programmatic_launch=programmatic_launch)
-    (launch,) = launches(machine(scenario))
-    assert (launch["cluster"], launch["programmatic"]) == (cluster_size, int(programmatic_launch))
+@pytest.mark.parametrize("cluster_size", [2, 4])
+def test_ctas_are_launched_in_clusters(machine, cluster_size):
+    (launch,) = launches(machine(functools.partial(run, cluster_size=cluster_size)))
+    assert launch["cluster"] == cluster_size
 
 
 @pytest.mark.parametrize("current_device", [-1, 0, 1])
