@@ -23,6 +23,8 @@ std::ostringstream call_log;
 std::string taken_log;
 std::map<std::string, CUresult> failures;
 size_t params_size = 0;  // 0: that of the family
+constexpr int kDriverRelease = 13000;
+int driver_release = kDriverRelease;
 uint64_t num_maps = 0;
 uintptr_t next_memory = 0x100000;
 bool capturing = false;
@@ -134,6 +136,7 @@ void fake_reset() {
   call_log.str("");
   failures.clear();
   params_size = 0;
+  driver_release = kDriverRelease;
   num_maps = 0;
   capturing = false;
   contexts.clear();
@@ -142,6 +145,9 @@ void fake_reset() {
 void fake_fail(const char* call, int result) { failures[call] = static_cast<CUresult>(result); }
 
 void fake_set_params_size(size_t size) { params_size = size; }
+
+// The CUDA release that the driver says it is of: 13000 is 13.0.
+void fake_set_driver_release(int release) { driver_release = release; }
 
 // Whether streams that are asked say that they are captured.
 void fake_set_capturing(int value) { capturing = value != 0; }
@@ -164,6 +170,11 @@ const char* fake_take_log() {
 // ------------------------------------------------------------------------------------------------------
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+CUresult cuDriverGetVersion(int* version) {
+  *version = driver_release;
+  return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorName(CUresult error, const char** name) {
   *name = error == CUDA_ERROR_INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_FAKE";

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import toolchain
 from .config import WARPGROUP_ROWS, SeqLayout
 from .errors import UnsupportedDeviceError
 from .runtime_build import LIBRARY_NAME
@@ -87,6 +88,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
         config.block_n,
         config.promoted_floats,
         config.cluster_size,
+        _nvcc_release(kernel),
     )
 
 
@@ -112,7 +114,14 @@ def load_backward_kernels(kernels: CompiledKernel) -> int:
         WARPGROUP_ROWS,
         config.seq_layout is SeqLayout.VARLEN,
         config.takes_turns,
+        _nvcc_release(kernels),
     )
+
+
+def _nvcc_release(kernel: CompiledKernel) -> int:
+    """Which nvcc compiled a kernel, as CUDA counts releases: 13000 is 13.0. 0 where that is not known."""
+    release = toolchain.release_of(str(kernel.meta.get("nvcc_version")))
+    return 0 if release is None else 1000 * release[0] + 10 * release[1]
 
 
 def forward_launcher(
