@@ -33,5 +33,9 @@ class CacheError(RuntimeError):
     """
 
 
+class RuntimeLibraryError(RuntimeError):
+    """The library that launches kernels is missing, or cannot be loaded; the text has the command that mends it."""
+
+
 class UnsupportedDeviceError(RuntimeError):
-    """The tensors are on a GPU that these kernels were not written for (anything but Hopper)."""
+    """The tensors are on a GPU that these kernels were not written for (anything but Hopper), or it has no driver."""

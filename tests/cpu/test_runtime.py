@@ -12,7 +12,7 @@ import fake_cuda
 from compiler_fixtures import CONFIG, RELEASE
 from fake_cuda import BF16, CPU, CUDA, FP16, FP32, INT32, INT64
 from flash_attn_3 import compiler, runtime, runtime_build
-from flash_attn_3.errors import UnsupportedDeviceError
+from flash_attn_3.errors import RuntimeLibraryError, UnsupportedDeviceError
 from forward_calls import dense_call, forward, library, packed_call
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -21,15 +21,23 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def test_missing_library_names_the_build_command(tmp_path):
-    with pytest.raises(runtime.RuntimeLibraryError, match=r"python -m flash_attn_3\.runtime_build"):
+    with pytest.raises(RuntimeLibraryError, match=r"python -m flash_attn_3\.runtime_build"):
         runtime.load_library(tmp_path / "_runtime.so")
 
 
 def test_damaged_library_names_the_build_command(tmp_path):
     damaged = tmp_path / "_runtime.so"
     damaged.write_bytes(b"no shared library")
-    with pytest.raises(runtime.RuntimeLibraryError, match=r"cannot be loaded .* rebuild it with `python -m"):
+    with pytest.raises(RuntimeLibraryError, match=r"cannot be loaded .* rebuild it with `python -m"):
         runtime.load_library(damaged)
+
+
+def test_without_tvm_ffi(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    with pytest.raises(RuntimeLibraryError, match=r"apache-tvm-ffi cannot be imported .*`pip install apache-tvm-ffi`"):
+        runtime.load_library(runtime.LIBRARY)
+    with pytest.raises(runtime_build.RuntimeBuildError, match=r"apache-tvm-ffi cannot be imported"):
+        runtime_build.build(csrc=CSRC)
 
 
 def test_build_without_compiler(monkeypatch, tmp_path):
