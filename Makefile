@@ -15,7 +15,6 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 USE_SYSTEM_PYTHON ?=
-DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the tests (pytest-xdist; without it there is one). Some tests fill a GPU's memory.
 TEST_JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
@@ -55,7 +54,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet
 .PHONY: demo test lint format venv build-in-place clean
 
 demo: $(PACKAGE)
-	$(RUN) -m flash_attn_3.demo $(DEMO_ARGS)
+	$(RUN) -m flash_attn_3.demo
 
 test: $(PACKAGE)
 	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(TEST_JOBS)) $(PYTEST_ARGS)

@@ -4,7 +4,7 @@ Beside the Python modules it puts into the package
   1. _runtime.so, the host library, compiled by the machine's C++ compiler (`build_runtime`),
   2. device/, the headers that kernels are compiled from (`build_device_headers`),
   3. prebuilt/, the kernels chosen by FLASH_ATTN_3_KERNELS = none | core | all | FILE (`build_kernels`; core by
-     default, or none where there is no nvcc). Every other kernel is compiled when it is first used.
+     default, or none where that cannot be compiled). Every other kernel is compiled when it is first used.
 Neither torch nor a GPU is needed. The metadata and the build's own requirements are in pyproject.toml.
 """
 

@@ -49,6 +49,7 @@ def load(path: Path | None = None, *, varlen: bool = False, takes_turns: bool = 
         "key_gradient_rows": 64,
         "varlen": varlen,
         "takes_turns": takes_turns,
+        "nvcc_release": 13000,
     }
     return library(path).backward_load(*(traits | changes).values())
 

@@ -63,6 +63,10 @@ class HostKernel:
     def smem_bytes(self) -> int:
         return self.config.smem_bytes
 
+    @property
+    def meta(self) -> dict[str, object]:
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceChange:

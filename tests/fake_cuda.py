@@ -114,6 +114,10 @@ class FakeDriver:
         """What kernels loaded from now on say the size of their parameters is."""
         self._library.fake_set_params_size(size)
 
+    def set_release(self, release: int) -> None:
+        """The CUDA release that the driver says it is of, as CUDA counts them: 13000 is 13.0."""
+        self._library.fake_set_driver_release(release)
+
     def set_capturing(self, capturing: bool) -> None:
         """Whether streams are being captured into a graph."""
         self._library.fake_set_capturing(int(capturing))

@@ -23,6 +23,8 @@ std::ostringstream call_log;
 std::string taken_log;
 std::map<std::string, CUresult> failures;
 size_t params_size = 0;  // 0: that of the family
+constexpr int kDriverRelease = 13000;
+int driver_release = kDriverRelease;
 uint64_t num_maps = 0;
 uintptr_t next_memory = 0x100000;
 bool capturing = false;
@@ -136,6 +138,7 @@ void fake_reset() {
   call_log.str("");
   failures.clear();
   params_size = 0;
+  driver_release = kDriverRelease;
   num_maps = 0;
   capturing = false;
   contexts.clear();
@@ -144,6 +147,9 @@ void fake_reset() {
 void fake_fail(const char* call, int result) { failures[call] = static_cast<CUresult>(result); }
 
 void fake_set_params_size(size_t size) { params_size = size; }
+
+// The CUDA release that the driver says it is of: 13000 is 13.0.
+void fake_set_driver_release(int release) { driver_release = release; }
 
 // Whether streams that are asked say that they are captured.
 void fake_set_capturing(int value) { capturing = value != 0; }
@@ -166,6 +172,11 @@ const char* fake_take_log() {
 // ------------------------------------------------------------------------------------------------------
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+CUresult cuDriverGetVersion(int* version) {
+  *version = driver_release;
+  return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorName(CUresult error, const char** name) {
   *name = error == CUDA_ERROR_INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_FAKE";
@@ -309,21 +320,16 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   const std::string params = is_backward(symbol) ? params_fields(*static_cast<const fa::BackwardParams*>(arguments[0]))
                                                  : params_fields(*static_cast<const fa::ForwardParams*>(arguments[0]));
   unsigned cluster = 1;
-  int programmatic = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const CUlaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = attribute.value.clusterDim.x;
-    if (attribute.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
-      programmatic = attribute.value.programmaticStreamSerializationAllowed;
-    }
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) cluster = config->attrs[i].value.clusterDim.x;
   }
   unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
   unsigned block[] = {config->blockDimX, config->blockDimY, config->blockDimZ};
   return finish("cuLaunchKernelEx", "\"symbol\": \"" + symbol + "\", " + list("grid", grid, 3) + ", " +
                                         list("block", block, 3) + ", " + field("smem", config->sharedMemBytes) + ", " +
                                         field("stream", reinterpret_cast<uintptr_t>(config->hStream)) + ", " +
-                                        field("cluster", cluster) + ", " + field("programmatic", programmatic) + ", " +
-                                        field("device", current_device()) + ", \"params\": {" + params + "}");
+                                        field("cluster", cluster) + ", " + field("device", current_device()) +
+                                        ", \"params\": {" + params + "}");
 }
 
 }  // extern "C"

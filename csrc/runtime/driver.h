@@ -13,6 +13,7 @@ namespace fa {
 // expand them, so that members and looked-up symbols carry the version which cuda.h declares.
 #define FA_FOR_EACH_DRIVER_FUNCTION(DO) \
   DO(cuInit)                            \
+  DO(cuDriverGetVersion)                \
   DO(cuGetErrorName)                    \
   DO(cuGetErrorString)                  \
   DO(cuDeviceGet)                       \

@@ -31,27 +31,28 @@ TensorMapBox make_box(const char* columns_name, int64_t columns, const char* row
   return {static_cast<uint32_t>(columns), static_cast<uint32_t>(rows)};
 }
 
-KernelTraits make_traits(String symbol, int64_t num_threads, int64_t smem_bytes, size_t params_bytes) {
+KernelTraits make_traits(String symbol, int64_t num_threads, int64_t smem_bytes, size_t params_bytes,
+                         int64_t nvcc_release) {
   KernelTraits traits;
   traits.symbol = symbol;
   traits.num_threads = static_cast<uint32_t>(checked_int32("num_threads", num_threads, 1));
   traits.smem_bytes = static_cast<uint32_t>(checked_int32("smem_bytes", smem_bytes, 0));
   traits.params_bytes = params_bytes;
+  traits.nvcc_release = checked_int32("nvcc_release", nvcc_release, 0);
   return traits;
 }
 
 int64_t load_forward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t qk_box_columns,
                      int64_t vo_box_columns, int64_t qo_box_rows, int64_t kv_box_rows, int64_t promoted_floats,
-                     int64_t cluster_size, bool programmatic_launch) {
-  KernelTraits traits = make_traits(symbol, num_threads, smem_bytes, sizeof(ForwardParams));
+                     int64_t cluster_size, int64_t nvcc_release) {
+  KernelTraits traits = make_traits(symbol, num_threads, smem_bytes, sizeof(ForwardParams), nvcc_release);
   traits.cluster_size = static_cast<uint32_t>(checked_int32("cluster_size", cluster_size, 1));
-  traits.programmatic_launch = programmatic_launch;
   int32_t checked_floats = checked_int32("promoted_floats", promoted_floats, 0);
   TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "qo_box_rows", qo_box_rows);
   TensorMapBox k_box = make_box("qk_box_columns", qk_box_columns, "kv_box_rows", kv_box_rows);
   TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "kv_box_rows", kv_box_rows);
   TensorMapBox o_box = make_box("vo_box_columns", vo_box_columns, "qo_box_rows", qo_box_rows);
-  CUlibrary library = load_library(traits.symbol, cubin.data());
+  CUlibrary library = load_library(traits.symbol, cubin.data(), traits.nvcc_release);
   return Registry<ForwardKernel>::instance().add(std::unique_ptr<const ForwardKernel>(
       new ForwardKernel{Kernel(std::move(traits), library), checked_floats, q_box, k_box, v_box, o_box}));
 }
@@ -76,7 +77,8 @@ Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seql
 int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t smem_bytes, int64_t preprocess_threads,
                       int64_t postprocess_threads, int64_t head_dim, int64_t head_dim_v, int64_t block_m,
                       int64_t block_n, int64_t cluster_size, int64_t num_dq_parts, int64_t qk_box_columns,
-                      int64_t vo_box_columns, int64_t key_gradient_rows, bool varlen, bool takes_turns) {
+                      int64_t vo_box_columns, int64_t key_gradient_rows, bool varlen, bool takes_turns,
+                      int64_t nvcc_release) {
   checked_int32("head_dim", head_dim, 1);
   checked_int32("head_dim_v", head_dim_v, 1);
   TensorMapBox q_box = make_box("qk_box_columns", qk_box_columns, "block_m", block_m);
@@ -88,9 +90,10 @@ int64_t load_backward(Bytes cubin, String symbol, int64_t num_threads, int64_t s
   TensorMapBox v_box = make_box("vo_box_columns", vo_box_columns, "block_n", tile_keys);
   TensorMapBox dk_box = make_box("qk_box_columns", qk_box_columns, "key_gradient_rows", key_gradient_rows);
   TensorMapBox dv_box = make_box("vo_box_columns", vo_box_columns, "key_gradient_rows", key_gradient_rows);
-  CUlibrary library = load_library(symbol, cubin.data());
+  CUlibrary library = load_library(symbol, cubin.data(), checked_int32("nvcc_release", nvcc_release, 0));
   auto kernel = [&](const char* suffix, int64_t threads, int64_t smem, int64_t ctas = 1) {
-    KernelTraits traits = make_traits(std::string(symbol) + suffix, threads, smem, sizeof(BackwardParams));
+    KernelTraits traits =
+        make_traits(std::string(symbol) + suffix, threads, smem, sizeof(BackwardParams), nvcc_release);
     traits.cluster_size = static_cast<uint32_t>(ctas);
     return Kernel(std::move(traits), library);
   };

@@ -17,14 +17,27 @@ void check_params_size(const KernelTraits& traits, CUkernel kernel) {
       << "; kernel and runtime come from different versions of the package, rebuild both";
 }
 
+std::string dotted(int release) { return std::to_string(release / 1000) + '.' + std::to_string(release % 1000 / 10); }
+
+// To follow a driver's refusal of a cubin: its own words do not tell a kernel that is too new for it from a broken one.
+std::string compare_releases(int nvcc_release) {
+  int driver_release = 0;
+  driver().cuDriverGetVersion(&driver_release);
+  std::string nvcc = nvcc_release > 0 ? "nvcc " + dotted(nvcc_release) : "an nvcc of unknown release";
+  std::string text = ". The driver is of CUDA " + dotted(driver_release) + ", the kernel was compiled by " + nvcc;
+  if (0 < nvcc_release && nvcc_release <= driver_release) return text;
+  return text + ": if that is too new for the driver, install a newer driver, or set FLASH_ATTN_3_NVCC to an nvcc of " +
+         "release " + dotted(driver_release) + " or older (and install the package again, if it brought the kernel)";
+}
+
 }  // namespace
 
-CUlibrary load_library(const std::string& name, const char* cubin) {
+CUlibrary load_library(const std::string& name, const char* cubin, int nvcc_release) {
   RelaxedCaptureGuard relaxed;
   CUlibrary library;
   CUresult result = driver().cuLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError)
-      << "the cubin of " << name << " cannot be loaded: " << describe(result);
+      << "the cubin of " << name << " cannot be loaded: " << describe(result) << compare_releases(nvcc_release);
   return library;
 }
 
@@ -45,8 +58,10 @@ void Kernel::prepare(int ordinal) const {
   FA_CHECK(result != CUDA_ERROR_NO_BINARY_FOR_GPU, UnsupportedDeviceError)
       << traits_.symbol << " was not compiled for device " << ordinal << ", of compute capability "
       << device_attribute(ordinal, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) << '.'
-      << device_attribute(ordinal, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-  check_driver(result, "cuKernelGetFunction");
+      << device_attribute(ordinal, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+      << compare_releases(traits_.nvcc_release);
+  FA_CHECK(result == CUDA_SUCCESS, RuntimeError)
+      << "loading " << traits_.symbol << " failed: " << describe(result) << compare_releases(traits_.nvcc_release);
   check_driver(driver().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                              static_cast<int>(traits_.smem_bytes), kernel_, device_handle(ordinal)),
                "cuKernelSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
@@ -54,18 +69,9 @@ void Kernel::prepare(int ordinal) const {
 }
 
 void Kernel::launch(uint32_t num_ctas, const void* params, CUstream stream) const {
-  CUlaunchAttribute attributes[2] = {};
-  unsigned num_attributes = 0;
-  if (traits_.cluster_size > 1) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attribute.value.clusterDim = {traits_.cluster_size, 1, 1};
-  }
-  if (traits_.programmatic_launch) {
-    CUlaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
-  }
+  CUlaunchAttribute cluster{};
+  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  cluster.value.clusterDim = {traits_.cluster_size, 1, 1};
   CUlaunchConfig config{};
   config.gridDimX = num_ctas;
   config.gridDimY = config.gridDimZ = 1;
@@ -73,8 +79,8 @@ void Kernel::launch(uint32_t num_ctas, const void* params, CUstream stream) cons
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = traits_.smem_bytes;
   config.hStream = stream;
-  config.attrs = attributes;
-  config.numAttrs = num_attributes;
+  config.attrs = &cluster;
+  config.numAttrs = traits_.cluster_size > 1 ? 1 : 0;
   void* arguments[] = {const_cast<void*>(params)};
   CUresult result = driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), arguments, nullptr);
   FA_CHECK(result == CUDA_SUCCESS, RuntimeError) << "launching " << traits_.symbol << " failed: " << describe(result);

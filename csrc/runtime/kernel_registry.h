@@ -22,12 +22,13 @@ struct KernelTraits {
   uint32_t num_threads;  // of a CTA
   uint32_t smem_bytes;   // dynamic shared memory of a CTA
   size_t params_bytes;   // the size of its only parameter, in this runtime
+  int nvcc_release;      // that compiled it, as CUDA counts them: 13000 is 13.0. 0: unknown
   uint32_t cluster_size = 1;
-  bool programmatic_launch = false;  // may start before the kernel ahead of it in the stream has ended
 };
 
-// Hands a cubin to the driver, which copies it and loads it into a device's context at first use. `name` is for errors.
-CUlibrary load_library(const std::string& name, const char* cubin);
+// Hands a cubin to the driver, which copies it and loads it into a device's context at first use. `name` and
+// `nvcc_release`, as in KernelTraits, are for errors.
+CUlibrary load_library(const std::string& name, const char* cubin, int nvcc_release);
 
 class Kernel {
  public:

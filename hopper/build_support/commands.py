@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import setuptools
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.errors import ExecError
 
 from .device_headers import copy_device_headers
 
 if TYPE_CHECKING:
-    from flash_attn_3.config import KernelConfig
+    from flash_attn_3.compiler import CompiledKernel
 
 _SOURCE_PACKAGE = Path("hopper") / "flash_attn_3"
 
@@ -95,30 +96,29 @@ class BuildKernels(BuildStep):
     description = "compile the kernels chosen by FLASH_ATTN_3_KERNELS ahead of time"
 
     def run(self) -> None:
-        from flash_attn_3 import compiler
-
         # Compiled in a folder that outlives the build, so that the next one compiles only what has changed.
         store = Path(self.get_finalized_command("build").build_base) / "kernels"
         prebuilt = self.package / "prebuilt"
         shutil.rmtree(prebuilt, ignore_errors=True)
-        for kernel in compiler.build_many(self._selected(), store):
+        for kernel in self._compiled(store):
             shutil.copytree(kernel.folder, prebuilt / kernel.folder.name)
 
-    def _selected(self) -> list[KernelConfig]:
-        """What FLASH_ATTN_3_KERNELS asks for; without a compiler nothing, unless it asks explicitly."""
-        from flash_attn_3 import errors, presets, toolchain
+    def _compiled(self, store: Path) -> list[CompiledKernel]:
+        """What FLASH_ATTN_3_KERNELS asks for; where it asks for nothing, the default set if that can be compiled."""
+        from flash_attn_3 import compiler, errors, presets
 
         requested = os.environ.get("FLASH_ATTN_3_KERNELS")
         configs = presets.load(requested or "core")
         try:
-            if configs:
-                toolchain.find_compiler()
-        except errors.CompilerNotFoundError as error:
+            return compiler.build_many(configs, store)
+        except (errors.CompilerNotFoundError, errors.KernelCompileError) as error:
             if requested:
-                raise
+                raise ExecError(
+                    f"FLASH_ATTN_3_KERNELS={requested} cannot be compiled: {error}\n"
+                    "FLASH_ATTN_3_KERNELS=none installs without; each kernel is then compiled when it is first used."
+                ) from error
             self.warn(f"no kernel is compiled ahead of time; each is compiled when it is first used. {error}")
             return []
-        return configs
 
 
 COMMANDS = {

@@ -29,6 +29,7 @@ META_FILE = "meta.json"
 
 _LOCK_FOLDER = ".locks"
 _HOW_TO_MOVE = "set FLASH_ATTN_3_CACHE to another folder"
+_ROOT_USER = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,8 @@ class KernelStore:
     Args:
         root: the folder; created on the first write.
         private: refuse a folder that belongs to, or can be written by, anyone else. Loading a cubin runs its code,
-            so the user's cache is private; the output folder of a build is not.
+            so the user's cache is private; the output folder of a build is not. From a folder of root's, who rules
+            the machine anyway, entries are loaded, but none is added to it.
     """
 
     def __init__(self, root: Path, *, private: bool) -> None:
@@ -97,15 +99,15 @@ class KernelStore:
 
         Raises:
             DamagedEntryError: the entry is not whole.
-            CacheError: the folder is unsafe.
+            CacheError: the folder is unsafe, or closed to this user.
         """
-        self._check_private()
+        self._check_readable()
         folder = self.root / key.folder
         return self._read(config, folder, key.source) if folder.is_dir() else None
 
     def load_any_build(self, config: KernelConfig, key: EntryKey) -> CompiledKernel | None:
         """The entry made from the same source by whichever compiler, or None. Raises like `load`."""
-        self._check_private()
+        self._check_readable()
         folder = next(iter(sorted(self.root.glob(f"{key.name}-{key.source[:16]}-*"))), None)
         return self._read(config, folder, key.source) if folder else None
 
@@ -126,7 +128,49 @@ class KernelStore:
             raise DamagedEntryError(f"{cubin}: its content is not what {META_FILE} recorded")
         return CompiledKernel(config, folder, cubin, symbol, num_threads, smem_bytes, meta)
 
+    def _check_readable(self) -> None:
+        status = self._status_if_private()
+        if status is None:
+            return
+        if status.st_uid not in (os.geteuid(), _ROOT_USER):
+            raise CacheError(f"{self._whose_folder(status)}: it will not be used; {_HOW_TO_MOVE}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CacheError(
+                f"the kernel cache folder {self.root} can be written by others (mode "
+                f"{stat.S_IMODE(status.st_mode):04o}): it will not be used; `chmod 700 {self.root}`, or {_HOW_TO_MOVE}"
+            )
+        if stat.S_ISDIR(status.st_mode) and not os.access(self.root, os.R_OK | os.X_OK, effective_ids=True):
+            raise CacheError(
+                f"the kernel cache folder {self.root} is closed to user {os.geteuid()} who runs this program (mode "
+                f"{stat.S_IMODE(status.st_mode):04o}); `chmod -R a+rX {self.root}`, or {_HOW_TO_MOVE}"
+            )
+
+    def _status_if_private(self) -> os.stat_result | None:
+        """Who owns the folder and may do what there; None where that does not matter or there is no folder yet."""
+        if not self._private:
+            return None
+        with self._os_errors():
+            try:
+                return self.root.stat()
+            except FileNotFoundError:
+                return None
+
+    def _whose_folder(self, status: os.stat_result) -> str:
+        return (
+            f"the kernel cache folder {self.root} belongs to user {status.st_uid}, not to user {os.geteuid()} "
+            "who runs this program"
+        )
+
     # -- writing -----------------------------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raise CacheError where `load` does, and where the folder is root's and this user is not root."""
+        self._check_readable()
+        status = self._status_if_private()
+        if status is not None and status.st_uid != os.geteuid():
+            raise CacheError(
+                f"{self._whose_folder(status)}: its kernels are used, but only its owner can add any; {_HOW_TO_MOVE}"
+            )
 
     @contextlib.contextmanager
     def locked(self, key: EntryKey) -> Iterator[None]:
@@ -171,9 +215,8 @@ class KernelStore:
             path.write_text(text)
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        if not self._private:
-            # mkdtemp's 0700 would hide an installed kernel from other users.
-            temporary.chmod(0o755)
+        # mkdtemp's 0700 would hide the kernel from those who may read the folder; a build's output is for all.
+        temporary.chmod(self.root.stat().st_mode & 0o755 if self._private else 0o755)
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         if final.exists():
@@ -186,25 +229,7 @@ class KernelStore:
 
     def _create(self) -> None:
         self.root.mkdir(mode=0o700 if self._private else 0o755, parents=True, exist_ok=True)
-        self._check_private()
-
-    def _check_private(self) -> None:
-        if not self._private:
-            return
-        with self._os_errors():
-            if not self.root.exists():
-                return
-            status = self.root.stat()
-        if status.st_uid != os.geteuid():
-            raise CacheError(
-                f"the kernel cache folder {self.root} belongs to user {status.st_uid}, not to user {os.geteuid()} "
-                f"who runs this program: it will not be used; {_HOW_TO_MOVE}"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CacheError(
-                f"the kernel cache folder {self.root} can be written by others (mode "
-                f"{stat.S_IMODE(status.st_mode):04o}): it will not be used; `chmod 700 {self.root}`, or {_HOW_TO_MOVE}"
-            )
+        self.check_writable()
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1
 PREBUILT_DIR = Path(__file__).resolve().parent / "prebuilt"
 
 _HEADER_SUFFIXES = {".h", ".cuh"}
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
 _loaded: dict[KernelConfig, CompiledKernel] = {}
 
@@ -42,7 +43,8 @@ def get_kernel(config: KernelConfig) -> CompiledKernel:
     Raises:
         KernelNotBuiltError: it has to be compiled, but FLASH_ATTN_3_JIT=0, or there is no compiler.
         KernelCompileError: the compiler rejects it.
-        CacheError: the user's cache folder is unsafe, read-only, full or damaged.
+        CacheError: the user's cache folder is unsafe, read-only, full or damaged, or there is no home to put it in.
+        ValueError: FLASH_ATTN_3_JIT is neither a yes nor a no.
     """
     kernel = _loaded.get(config)
     if kernel is None:
@@ -118,11 +120,30 @@ def build_many(
 
 
 def user_store() -> KernelStore:
-    """The user's cache: FLASH_ATTN_3_CACHE, else flash_attn_3 in XDG_CACHE_HOME or ~/.cache."""
+    """The user's cache: FLASH_ATTN_3_CACHE, else flash_attn_3 in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        CacheError: that is in a home which this user does not have.
+    """
     explicit = os.environ.get("FLASH_ATTN_3_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = Path(explicit) if explicit else Path(base) / "flash_attn_3"
-    return KernelStore(root.expanduser().absolute(), private=True)
+    try:
+        return KernelStore(root.expanduser().absolute(), private=True)
+    except RuntimeError as error:  # no HOME, and nothing in the system's list of users
+        raise CacheError(f"there is no kernel cache folder {root} ({error}); set FLASH_ATTN_3_CACHE to one") from error
+
+
+def may_compile() -> bool:
+    """Whether FLASH_ATTN_3_JIT lets missing kernels be compiled at first use, as it does where it is not set.
+
+    Raises:
+        ValueError: it is neither a yes nor a no.
+    """
+    value = os.environ.get("FLASH_ATTN_3_JIT") or _YES[0]
+    if value.lower() not in (*_YES, *_NO):
+        raise ValueError(f"FLASH_ATTN_3_JIT={value!r} is not supported; it must be one of {', '.join((*_YES, *_NO))}")
+    return value.lower() in _YES
 
 
 def _output_store(folder: str | os.PathLike[str]) -> KernelStore:
@@ -173,17 +194,10 @@ def _find_prebuilt(config: KernelConfig) -> CompiledKernel | None:
 
 def _find_or_compile(config: KernelConfig) -> CompiledKernel:
     """From the user's cache, or compiled into it; where nothing can be compiled, any compiler's build will do."""
-    reason: KernelNotBuiltError | None = None
-    if os.environ.get("FLASH_ATTN_3_JIT", "1") == "0":
-        reason = KernelNotBuiltError("compiling at first use is switched off (FLASH_ATTN_3_JIT=0)")
-    else:
-        try:
-            toolchain.find_toolchain()
-        except (CompilerNotFoundError, HeadersNotFoundError) as error:
-            reason = error
+    store = user_store()
+    reason = _why_not_compiled(store)
     if reason is None:
         return compile_one(config)
-    store = user_store()
     try:
         kernel = store.load_any_build(config, entry_key(config))
     except DamagedEntryError as error:
@@ -194,6 +208,19 @@ def _find_or_compile(config: KernelConfig) -> CompiledKernel:
             f"It is built by: python -m flash_attn_3.generate --kernel {config.name} --build"
         ) from reason
     return kernel
+
+
+def _why_not_compiled(store: KernelStore) -> KernelNotBuiltError | CacheError | None:
+    """What keeps a missing kernel from being compiled into a folder; None: nothing."""
+    if not may_compile():
+        value = os.environ["FLASH_ATTN_3_JIT"]
+        return KernelNotBuiltError(f"compiling at first use is switched off (FLASH_ATTN_3_JIT={value})")
+    try:
+        toolchain.find_toolchain()
+        store.check_writable()
+    except (CompilerNotFoundError, HeadersNotFoundError, CacheError) as error:
+        return error
+    return None
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ same calls run on the CPU, on small shapes. The exit status is 1 if a result is 
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -85,7 +86,9 @@ CPU_SHAPES = [
 ]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    _parse(arguments)
     on_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     if on_gpu:
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
@@ -96,6 +99,13 @@ def main() -> int:
     passed = _show_table(GPU_SHAPES if on_gpu else CPU_SHAPES, "cuda" if on_gpu else "cpu")
     print("All results are right." if passed else "FAILED: a result is wrong.")
     return 0 if passed else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn_3.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser.parse_args(arguments)
 
 
 def _why_cpu() -> str:

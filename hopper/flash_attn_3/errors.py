@@ -27,8 +27,15 @@ class KernelCompileError(RuntimeError):
 
 
 class CacheError(RuntimeError):
-    """The kernel cache folder is unsafe, read-only, full, or holds a damaged entry that a rebuild did not mend."""
+    """The kernel cache folder is unsafe, closed, read-only, full, or holds a damaged entry that a rebuild did not mend.
+
+    Also where its default place is in the home of a user who has none.
+    """
+
+
+class RuntimeLibraryError(RuntimeError):
+    """The library that launches kernels is missing, or cannot be loaded; the text has the command that mends it."""
 
 
 class UnsupportedDeviceError(RuntimeError):
-    """The tensors are on a GPU that these kernels were not written for (anything but Hopper)."""
+    """The tensors are on a GPU that these kernels were not written for (anything but Hopper), or it has no driver."""

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import toolchain
 from .config import WARPGROUP_ROWS, SeqLayout
-from .errors import UnsupportedDeviceError
+from .errors import RuntimeLibraryError, UnsupportedDeviceError
 from .runtime_build import LIBRARY_NAME
 
 if TYPE_CHECKING:
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
 BUILD_COMMAND = "python -m flash_attn_3.runtime_build"
-
-#: Whether a kernel may start before the one ahead of it in the stream has ended; it must then wait by itself.
-_PROGRAMMATIC_LAUNCH = False
-
-
-class RuntimeLibraryError(RuntimeError):
-    """The runtime library is missing or cannot be loaded; the text names the command that builds it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +41,14 @@ def load_library(path: Path) -> RuntimeLibrary:
     """Load a runtime library.
 
     Raises:
-        RuntimeLibraryError: there is no such file, or it does not load; names the command that builds it.
+        RuntimeLibraryError: there is no such file, it does not load, or apache-tvm-ffi is missing.
     """
-    import tvm_ffi
-
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        raise RuntimeLibraryError(
+            f"apache-tvm-ffi cannot be imported ({error}); `pip install apache-tvm-ffi`"
+        ) from error
     if not path.is_file():
         raise RuntimeLibraryError(f"the runtime library {path} has not been built; build it with `{BUILD_COMMAND}`")
     tvm_ffi.error.register_error("UnsupportedDeviceError", UnsupportedDeviceError)
@@ -76,7 +74,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
     Raises:
         RuntimeError: the driver refuses the cubin, or it was built for another version of the runtime.
         UnsupportedDeviceError: there is no CUDA driver.
-        RuntimeLibraryError: the runtime library has not been built.
+        RuntimeLibraryError: the runtime library has not been built, or cannot be loaded.
     """
     config = kernel.config
     return _library().forward_load(
@@ -90,7 +88,7 @@ def load_kernel(kernel: CompiledKernel) -> int:
         config.block_n,
         config.promoted_floats,
         config.cluster_size,
-        _PROGRAMMATIC_LAUNCH,
+        _nvcc_release(kernel),
     )
 
 
@@ -116,7 +114,14 @@ def load_backward_kernels(kernels: CompiledKernel) -> int:
         WARPGROUP_ROWS,
         config.seq_layout is SeqLayout.VARLEN,
         config.takes_turns,
+        _nvcc_release(kernels),
     )
+
+
+def _nvcc_release(kernel: CompiledKernel) -> int:
+    """Which nvcc compiled a kernel, as CUDA counts releases: 13000 is 13.0. 0 where that is not known."""
+    release = toolchain.release_of(str(kernel.meta.get("nvcc_version")))
+    return 0 if release is None else 1000 * release[0] + 10 * release[1]
 
 
 def forward_launcher(

@@ -149,16 +149,21 @@ def _inspect(nvcc: Path) -> Compiler:
         shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilerNotFoundError(f"`{nvcc} --version` failed: {error}") from error
-    found = re.search(r"release (\d+)\.(\d+)", shown)
-    if found is None:
+    release = release_of(shown)
+    if release is None:
         raise CompilerNotFoundError(f"`{nvcc} --version` names no release; it printed {shown.strip()[:200]!r}")
-    release = int(found[1]), int(found[2])
     if release < MIN_NVCC:
         raise CompilerNotFoundError(f"{nvcc} is release {_dotted(release)}; {_dotted(MIN_NVCC)} or newer is needed")
     missing = _missing_pypi_parts(nvcc)
     if missing:
         raise CompilerNotFoundError(f"{nvcc} is incomplete; `{_pip_install(missing, release)}`")
     return Compiler(nvcc.absolute(), shown.strip(), release, _host_compiler(nvcc))
+
+
+def release_of(version: str) -> tuple[int, int] | None:
+    """(major, minor) in what ``nvcc --version`` prints, or None."""
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _host_compiler(nvcc: Path) -> str | None:

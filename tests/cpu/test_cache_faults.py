@@ -1,8 +1,10 @@
 """The kernel cache where the disk is at fault: damaged entries, and folders that must not or cannot be used."""
 
+import dataclasses
 import errno
 import json
 import os
+import stat
 import tempfile
 import traceback
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from compiler_fixtures import CONFIG
 from flash_attn_3 import cache, compiler, toolchain
+from flash_attn_3.config import Mask
 from flash_attn_3.errors import CacheError
 
 # -- damaged entries -------------------------------------------------------------------------------------------------
@@ -110,16 +113,72 @@ def test_folder_that_others_can_write_is_refused(workbench, monkeypatch, mode, j
         compiler.get_kernel(CONFIG)
 
 
-def test_folder_that_others_can_only_read_is_used(workbench):
-    compiler.compile_one(CONFIG)
-    workbench.cache.chmod(0o755)
-    assert compiler.get_kernel(CONFIG)
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+def test_folder_that_others_can_only_read_is_used(workbench, mode):
+    workbench.cache.mkdir()
+    workbench.cache.chmod(mode)
+    entry = compiler.get_kernel(CONFIG).folder
+    assert stat.S_IMODE(entry.stat().st_mode) == mode, "who may read the folder may read its kernels"
+    workbench.forget()
+    assert compiler.get_kernel(CONFIG).folder == entry
 
 
-def test_folder_of_another_user_is_refused(workbench, monkeypatch):
+@pytest.mark.parametrize("jit", ["1", "0"])
+def test_folder_of_another_user_is_refused(workbench, monkeypatch, jit):
     compiler.compile_one(CONFIG)
+    if os.geteuid() == 0:
+        os.chown(workbench.cache, 65534, 65534)  # root's folder would do
     monkeypatch.setattr(os, "geteuid", lambda: workbench.cache.stat().st_uid + 1)
-    with pytest.raises(CacheError, match=f"{workbench.cache} belongs to user \\d+, not to user"):
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", jit)
+    with pytest.raises(CacheError, match=f"{workbench.cache} belongs to user \\d+, not to user .* will not be used"):
+        compiler.get_kernel(CONFIG)
+
+
+@pytest.fixture
+def roots_cache(workbench, monkeypatch):
+    """A cache folder of root's that holds the kernel of CONFIG; the program runs as another user."""
+    compiler.compile_one(CONFIG)
+    owner = workbench.cache.stat().st_uid
+    monkeypatch.setattr(cache, "_ROOT_USER", owner)
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    workbench.forget()
+    return workbench.cache
+
+
+def test_kernels_of_roots_folder_are_used(workbench, roots_cache):
+    assert compiler.get_kernel(CONFIG).folder.parent == roots_cache
+    workbench.write_compiler(version="Cuda compilation tools, release 13.1, V13.1.80")
+    workbench.forget()
+    assert compiler.get_kernel(CONFIG).folder.parent == roots_cache, "another compiler's is the only one to be had"
+    assert workbench.num_compilations() == 1
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_roots_folder_that_others_can_write_is_refused(roots_cache, mode):
+    roots_cache.chmod(mode)
+    with pytest.raises(CacheError, match=f"{roots_cache} can be written by others"):
+        compiler.get_kernel(CONFIG)
+
+
+def test_nothing_is_added_to_roots_folder(workbench, roots_cache):
+    missing = dataclasses.replace(CONFIG, mask=Mask.FULL)
+    with pytest.raises(CacheError) as caught:
+        compiler.get_kernel(missing)
+    for part in (
+        f"kernel {missing.name} is neither in the package nor in {roots_cache}, and ",
+        "belongs to user",
+        "its kernels are used, but only its owner can add any; set FLASH_ATTN_3_CACHE to another folder",
+        f"generate --kernel {missing.name} --build",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(CacheError, match="only its owner can add any"):
+        compiler.compile_one(missing)
+    assert workbench.num_compilations() == 1
+
+
+def test_damaged_entry_in_roots_folder_is_named(roots_cache):
+    truncate_cubin(next(roots_cache.glob("fwd_*")))
+    with pytest.raises(CacheError, match=r"only its owner can add any.*kernel\.cubin: its content is not what"):
         compiler.get_kernel(CONFIG)
 
 
@@ -165,6 +224,24 @@ def test_read_only_folder(workbench):
         answer = run_unprivileged(compile_there)
     assert answer.startswith(f"the kernel cache folder {folder} is read-only"), answer
     assert "set FLASH_ATTN_3_CACHE to another folder" in answer
+
+
+def test_roots_folder_that_is_closed_to_others(workbench):
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent) / "cache"
+        folder.mkdir(mode=0o300)
+        key = compiler.entry_key(CONFIG, toolchain.find_toolchain())
+
+        def load_from_there():
+            with pytest.raises(CacheError) as caught:
+                cache.KernelStore(folder, private=True).load(CONFIG, key)
+            return str(caught.value)
+
+        answer = run_unprivileged(load_from_there)
+        folder.chmod(0o700)
+    assert answer.startswith(f"the kernel cache folder {folder} is closed to user"), answer
+    assert f"`chmod -R a+rX {folder}`, or set FLASH_ATTN_3_CACHE" in answer
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The compiler is a stub, so that its calls can be counted and its failures chosen
 import dataclasses
 import json
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -19,6 +20,7 @@ from compiler_fixtures import COMPILES, CONFIG
 from flash_attn_3 import codegen, compiler
 from flash_attn_3.config import Mask
 from flash_attn_3.errors import (
+    CacheError,
     CompilerNotFoundError,
     HeadersNotFoundError,
     KernelCompileError,
@@ -100,6 +102,16 @@ def test_cache_folder_follows_the_environment(workbench, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert compiler.user_store().root == Path("/home/somebody/.cache/flash_attn_3")
+
+
+def test_user_without_a_home(workbench, monkeypatch):
+    for variable in ("FLASH_ATTN_3_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+    with pytest.raises(CacheError, match=r"no kernel cache folder ~/\.cache/flash_attn_3 .*; set FLASH_ATTN_3_CACHE"):
+        compiler.get_kernel(CONFIG)
+    monkeypatch.setenv("FLASH_ATTN_3_CACHE", str(workbench.cache))
+    assert compiler.get_kernel(CONFIG)
 
 
 def test_relative_paths(workbench, monkeypatch):
@@ -278,16 +290,32 @@ def test_damaged_prebuilt_kernel_is_named_and_recompiled(workbench):
         assert compiler.get_kernel(CONFIG).folder.parent == workbench.cache
 
 
-def test_jit_off(workbench, monkeypatch):
-    monkeypatch.setenv("FLASH_ATTN_3_JIT", "0")
+@pytest.mark.parametrize("value", ["0", "false", "No", "OFF"])
+def test_jit_off(workbench, monkeypatch, value):
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", value)
     with pytest.raises(KernelNotBuiltError) as caught:
         compiler.get_kernel(CONFIG)
-    for part in (CONFIG.name, str(workbench.cache), "FLASH_ATTN_3_JIT=0", f"generate --kernel {CONFIG.name} --build"):
+    told = f"FLASH_ATTN_3_JIT={value}"
+    for part in (CONFIG.name, str(workbench.cache), told, f"generate --kernel {CONFIG.name} --build"):
         assert part in str(caught.value)
     assert workbench.num_compilations() == 0 and not workbench.cache.exists()
 
     built = compiler.compile_one(CONFIG)  # what the command in the message does
     assert compiler.get_kernel(CONFIG) == built
+
+
+@pytest.mark.parametrize("value", ["", "1", "true", "Yes", "ON"])
+def test_jit_on(workbench, monkeypatch, value):
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", value)
+    assert compiler.get_kernel(CONFIG)
+    assert workbench.num_compilations() == 1
+
+
+def test_jit_neither_on_nor_off(workbench, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", "never")
+    with pytest.raises(ValueError, match=r"FLASH_ATTN_3_JIT='never' is not supported; it must be one of 1, true, .*0"):
+        compiler.get_kernel(CONFIG)
+    assert workbench.num_compilations() == 0
 
 
 def test_missing_compiler_names_the_kernel(workbench):

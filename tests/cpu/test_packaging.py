@@ -1,15 +1,19 @@
 """The build: which headers travel with the package, and that an installed package is complete."""
 
+import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flash_attn_3
+from compiler_fixtures import CONFIG
 from flash_attn_3 import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,16 +24,16 @@ installed = pytest.mark.skipif(
 )
 
 
-def _load_device_headers() -> ModuleType:
-    """The build's module, which is not part of the package."""
-    path = ROOT / "hopper" / "build_support" / "device_headers.py"
-    spec = importlib.util.spec_from_file_location("device_headers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _build_support(name: str) -> ModuleType:
+    """A module of the build, which is not part of the package."""
+    folder = ROOT / "hopper" / "build_support"
+    spec = importlib.util.spec_from_file_location("build_support", folder / "__init__.py")
+    sys.modules.setdefault("build_support", importlib.util.module_from_spec(spec))
+    return importlib.import_module(f"build_support.{name}")
 
 
-device_headers = _load_device_headers()
+commands = _build_support("commands")
+device_headers = _build_support("device_headers")
 
 #: A folder of headers: for each, its sub-folder and the headers it includes, by number.
 include_graphs = st.lists(st.tuples(st.sampled_from(["", "arch/"]), st.sets(st.integers(0, 7))), min_size=1, max_size=8)
@@ -113,6 +117,68 @@ def test_headers_without_their_licence_are_not_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [])
     with pytest.raises(FileNotFoundError, match=r"LICENSE\.txt"):
         device_headers.cutlass_license(tmp_path / "cutlass" / "include")
+
+
+# -- kernels that are compiled ahead ---------------------------------------------------------------------------------
+
+
+def refuse_kernels(workbench):
+    workbench.write_compiler("echo 'kernel.cu(7): error: no such atom' >&2; exit 2")
+
+
+def remove_compiler(workbench):
+    workbench.nvcc.unlink()
+
+
+broken_compilers = pytest.mark.parametrize(
+    ("break_compiler", "reason"), [(refuse_kernels, "no such atom"), (remove_compiler, "nvcc does not exist")]
+)
+
+
+@pytest.fixture
+def build_kernels(workbench, tmp_path, monkeypatch):
+    """Runs that step of the build in an empty folder, under a value of FLASH_ATTN_3_KERNELS; counts what it built."""
+    (tmp_path / "kernels.txt").write_text(f"{CONFIG.name}\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(requested: str | None) -> int:
+        monkeypatch.delenv("FLASH_ATTN_3_KERNELS", raising=False)
+        if requested is not None:
+            monkeypatch.setenv("FLASH_ATTN_3_KERNELS", requested)
+        step = commands.BuildKernels(setuptools.Distribution())
+        step.ensure_finalized()
+        step.run()
+        return len(list(step.package.glob("prebuilt/*/kernel.cubin")))
+
+    return run
+
+
+@pytest.mark.parametrize(("requested", "number"), [("kernels.txt", 1), ("none", 0)])
+def test_requested_kernels_go_into_the_package(workbench, build_kernels, requested, number):
+    assert build_kernels(requested) == workbench.num_compilations() == number
+
+
+@broken_compilers
+@pytest.mark.parametrize("requested", [None, ""])
+def test_the_package_is_built_without_the_default_kernels(
+    workbench, build_kernels, caplog, requested, break_compiler, reason
+):
+    break_compiler(workbench)
+    assert build_kernels(requested) == 0
+    assert "no kernel is compiled ahead of time; each is compiled when it is first used" in caplog.text
+    assert reason in caplog.text
+
+
+@broken_compilers
+def test_the_package_is_not_built_without_requested_kernels(workbench, build_kernels, break_compiler, reason):
+    break_compiler(workbench)
+    with pytest.raises(commands.ExecError) as caught:
+        build_kernels("kernels.txt")
+    for part in ("FLASH_ATTN_3_KERNELS=kernels.txt cannot be compiled", reason, "FLASH_ATTN_3_KERNELS=none installs"):
+        assert part in str(caught.value)
+
+
+# -- the installed package -------------------------------------------------------------------------------------------
 
 
 @installed

@@ -4,13 +4,15 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import fake_cuda
+from compiler_fixtures import CONFIG, RELEASE
 from fake_cuda import BF16, CPU, CUDA, FP16, FP32, INT32, INT64
-from flash_attn_3 import runtime, runtime_build
-from flash_attn_3.errors import UnsupportedDeviceError
+from flash_attn_3 import compiler, runtime, runtime_build
+from flash_attn_3.errors import RuntimeLibraryError, UnsupportedDeviceError
 from forward_calls import dense_call, forward, library, packed_call
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -19,15 +21,23 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def test_missing_library_names_the_build_command(tmp_path):
-    with pytest.raises(runtime.RuntimeLibraryError, match=r"python -m flash_attn_3\.runtime_build"):
+    with pytest.raises(RuntimeLibraryError, match=r"python -m flash_attn_3\.runtime_build"):
         runtime.load_library(tmp_path / "_runtime.so")
 
 
 def test_damaged_library_names_the_build_command(tmp_path):
     damaged = tmp_path / "_runtime.so"
     damaged.write_bytes(b"no shared library")
-    with pytest.raises(runtime.RuntimeLibraryError, match=r"cannot be loaded .* rebuild it with `python -m"):
+    with pytest.raises(RuntimeLibraryError, match=r"cannot be loaded .* rebuild it with `python -m"):
         runtime.load_library(damaged)
+
+
+def test_without_tvm_ffi(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    with pytest.raises(RuntimeLibraryError, match=r"apache-tvm-ffi cannot be imported .*`pip install apache-tvm-ffi`"):
+        runtime.load_library(runtime.LIBRARY)
+    with pytest.raises(runtime_build.RuntimeBuildError, match=r"apache-tvm-ffi cannot be imported"):
+        runtime_build.build(csrc=CSRC)
 
 
 def test_build_without_compiler(monkeypatch, tmp_path):
@@ -80,6 +90,17 @@ def test_without_a_driver(name):
         pytest.skip("this machine has a CUDA driver")
     with pytest.raises(UnsupportedDeviceError, match=r"CUDA driver cannot be opened .*libcuda\.so\.1"):
         getattr(library(), name)(0)
+
+
+@pytest.mark.parametrize(("version", "release"), [(RELEASE, 13000), (RELEASE.replace("13.0", "12.10"), 12100)])
+def test_the_release_of_nvcc_goes_with_a_kernel(workbench, monkeypatch, version, release):
+    """A driver that refuses the kernel may be older."""
+    workbench.write_compiler(version=version)
+    workbench.forget()
+    kernel = compiler.compile_one(CONFIG)
+    functions = SimpleNamespace(forward_load=lambda *traits: traits[-1])
+    monkeypatch.setattr(runtime, "_library", lambda: functions)
+    assert runtime.load_kernel(kernel) == release
 
 
 # -- argument checks; nothing reaches a driver -----------------------------------------------------------------------
@@ -191,10 +212,11 @@ def test_strides_that_do_not_fit(change, text):
         (7, 257, r"kv_box_rows is 257; supported is 1 to 256"),
         (8, -1, r"promoted_floats is -1; supported is 0 to"),
         (9, 0, r"cluster_size is 0; supported is 1 to"),
+        (10, -1, r"nvcc_release is -1; supported is 0 to"),
     ],
 )
 def test_kernel_traits_that_cannot_be(index, value, text):
-    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1, False]
+    traits = [b"cubin", "symbol", 384, 200_000, 64, 64, 64, 128, 1000, 1, 13000]
     traits[index] = value
     with pytest.raises(ValueError, match=f"^{text}"):
         library().forward_load(*traits)

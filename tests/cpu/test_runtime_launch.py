@@ -25,6 +25,7 @@ from forward_calls import (
 )
 
 INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
+INVALID_IMAGE = 200  # CUDA_ERROR_INVALID_IMAGE
 NO_BINARY_FOR_GPU = 209  # CUDA_ERROR_NO_BINARY_FOR_GPU
 GLOBAL, RELAXED = 0, 2  # CU_STREAM_CAPTURE_MODE_*
 
@@ -36,10 +37,10 @@ def machine(tmp_path_factory):
     machine.close()
 
 
-def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1, programmatic_launch=False):
+def load(path, *, kv_rows=176, vo_columns=32, promoted_floats=1000, cluster_size=1, nvcc_release=13000):
     return library(path).forward_load(
         *(b"cubin", "symbol", 384, 200_000, 64, vo_columns, 64, kv_rows),
-        *(promoted_floats, cluster_size, programmatic_launch),
+        *(promoted_floats, cluster_size, nvcc_release),
     )
 
 
@@ -75,7 +76,7 @@ def test_dense_parameters(machine):
     assert launch["grid"] == [4, 1, 1]
     assert launch["block"] == [384, 1, 1]
     assert launch["smem"] == 200_000
-    assert (launch["cluster"], launch["programmatic"]) == (1, 0)
+    assert launch["cluster"] == 1
     maps = {name: launch["params"].pop(name) for name in "qkvo"}
     assert len(set(maps.values())) == 4
     assert launch["params"].pop("tile_counter") != 0
@@ -210,11 +211,10 @@ def test_nothing_to_do_asks_nothing_of_the_driver(machine, call, changes):
     assert machine(run, call, tuple(changes.items())) == []
 
 
-@pytest.mark.parametrize(("cluster_size", "programmatic_launch"), [(1, True), (2, False), (4, True)])
-def test_launch_attributes(machine, cluster_size, programmatic_launch):
-    scenario = functools.partial(run, cluster_size=cluster_size, programmatic_launch=programmatic_launch)
-    (launch,) = launches(machine(scenario))
-    assert (launch["cluster"], launch["programmatic"]) == (cluster_size, int(programmatic_launch))
+@pytest.mark.parametrize("cluster_size", [2, 4])
+def test_ctas_are_launched_in_clusters(machine, cluster_size):
+    (launch,) = launches(machine(functools.partial(run, cluster_size=cluster_size)))
+    assert launch["cluster"] == cluster_size
 
 
 @pytest.mark.parametrize("current_device", [-1, 0, 1])
@@ -386,8 +386,48 @@ def test_a_failed_launch_has_the_drivers_words(machine):
 def test_a_kernel_for_another_architecture(machine):
     name, text, launched = machine(attempt, "cuKernelGetFunction", NO_BINARY_FOR_GPU)
     assert name == "UnsupportedDeviceError"
-    assert text == "symbol was not compiled for device 0, of compute capability 9.0"
+    assert text == (
+        "symbol was not compiled for device 0, of compute capability 9.0. "
+        "The driver is of CUDA 13.0, the kernel was compiled by nvcc 13.0"
+    )
     assert not launched
+
+
+REMEDY = (
+    ": if that is too new for the driver, install a newer driver, or set FLASH_ATTN_3_NVCC to an nvcc of release 12.4 "
+    "or older (and install the package again, if it brought the kernel)"
+)
+
+
+@pytest.mark.parametrize(
+    ("driver_release", "nvcc_release", "told"),
+    [
+        (12040, 13000, f"The driver is of CUDA 12.4, the kernel was compiled by nvcc 13.0{REMEDY}"),
+        (12040, 12050, f"The driver is of CUDA 12.4, the kernel was compiled by nvcc 12.5{REMEDY}"),
+        (12040, 0, f"The driver is of CUDA 12.4, the kernel was compiled by an nvcc of unknown release{REMEDY}"),
+        (12040, 12040, "The driver is of CUDA 12.4, the kernel was compiled by nvcc 12.4"),
+        (13010, 12100, "The driver is of CUDA 13.1, the kernel was compiled by nvcc 12.10"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("refusing_call", "refused"),
+    [
+        ("cuLibraryLoadData", "the cubin of symbol cannot be loaded"),
+        ("cuKernelGetFunction", "loading symbol failed"),  # a driver may put off reading the cubin
+    ],
+)
+def test_a_refused_cubin_shows_the_releases(machine, refusing_call, refused, driver_release, nvcc_release, told):
+    text = machine(load_and_launch_refused, refusing_call, driver_release, nvcc_release)
+    assert text == f"{refused}: CUDA_ERROR_FAKE (a fake error). {told}"
+
+
+def load_and_launch_refused(driver, path, refusing_call, driver_release, nvcc_release):
+    driver.device = 0
+    driver.set_release(driver_release)
+    driver.fail(refusing_call, INVALID_IMAGE)
+    with pytest.raises(RuntimeError) as raised:
+        forward(dense_call(handle=load(path, nvcc_release=nvcc_release)), path)
+    return str(raised.value)
 
 
 def test_a_kernel_with_another_parameter_layout(machine):

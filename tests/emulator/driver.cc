@@ -56,6 +56,11 @@ const char* emulator_last_error() { return last_error.c_str(); }
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 
+CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuGetErrorName(CUresult, const char** name) {
   *name = "emulated";
   return CUDA_SUCCESS;

@@ -1,4 +1,4 @@
-// The forward kernel: a persistent grid of CTAs, each with one producer warp and one to three consumer warpgroups.
+// The forward kernel: a persistent grid of CTAs, each with one producer warp and one to four consumer warpgroups.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

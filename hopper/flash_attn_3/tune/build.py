@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 import re
 import sys
 import time
@@ -40,7 +39,7 @@ def kernel_store(folder: Path | None) -> KernelStore:
 
 def can_compile() -> bool:
     """Whether a missing kernel may and can be compiled here."""
-    if os.environ.get("FLASH_ATTN_3_JIT", "1") == "0":
+    if not compiler.may_compile():
         return False
     try:
         toolchain.find_toolchain()
