@@ -165,9 +165,10 @@ def flash_attn_varlen_func(
         k: (total_k, hk, d).
         v: (total_k, hk, dv).
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), contiguous: sequence i has the rows cu_seqlens[i] to
-            cu_seqlens[i + 1], which must exist; only on the CPU is that checked. Where one is None, that side is dense,
-            shaped as in `flash_attn_func`.
-        max_seqlen_q, max_seqlen_k: rows of the longest sequence, or more; read only where cu_seqlens is given.
+            cu_seqlens[i + 1], which must exist. Where one is None, that side is dense, shaped as in `flash_attn_func`.
+        max_seqlen_q, max_seqlen_k: rows of the longest sequence that take part, or more; read only where cu_seqlens is
+            given. Only on the CPU are they and the values of cu_seqlens checked; on a GPU results are undefined where
+            these are wrong.
         seqused_q, seqused_k: int32 (b,), contiguous: only so many rows of each sequence take part. Rows of out and
             lse past seqused_q are left unwritten. Rows that take no part, those outside all sequences among them, have
             gradient 0, whatever the gradient of their out is.

@@ -223,10 +223,13 @@ def check_index_values(
     cu_seqlens_k: torch.Tensor | None,
     seqused_q: torch.Tensor | None,
     seqused_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
 ) -> None:
     """Index tensors on the CPU: they are read as plain arrays, and the rows that they name must exist.
 
-    On a GPU the runtime checks the strides; the values it does not see.
+    No sequence may have more rows than max_seqlen says, counted after seqused has cut it; without cu_seqlens it is not
+    read. On a GPU the runtime checks the strides; the values it does not see.
     """
     index_tensors = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -237,15 +240,29 @@ def check_index_values(
     for name, tensor in index_tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise invalid(ValueError, name, f"strides {tensor.stride()}", "contiguous")
-    for side, rows in (("q", q), ("k", k)):
-        name = f"cu_seqlens_{side}"
-        cu_seqlens = index_tensors[name]
-        if cu_seqlens is None:
-            continue
-        least, largest = map(int, cu_seqlens.aminmax())
-        if least < 0 or largest > rows.shape[0]:
-            given = f"offsets from {least} to {largest}"
-            raise invalid(ValueError, name, given, f"offsets from 0 to {rows.shape[0]}, the rows of {side}")
+    for side, rows, max_seqlen in (("q", q, max_seqlen_q), ("k", k, max_seqlen_k)):
+        cu_seqlens, seqused = index_tensors[f"cu_seqlens_{side}"], index_tensors[f"seqused_{side}"]
+        if cu_seqlens is not None:
+            _check_offsets(f"cu_seqlens_{side}", cu_seqlens, side, rows.shape[0])
+            lengths = cu_seqlens.diff() if seqused is None else cu_seqlens.diff().minimum(seqused)
+            _check_longest(f"max_seqlen_{side}", max_seqlen, max(lengths.tolist(), default=0))
+
+
+def _check_offsets(name: str, cu_seqlens: torch.Tensor, side: str, num_rows: int) -> None:
+    """Where sequences begin and end: within the rows, and one after another."""
+    least, largest = map(int, cu_seqlens.aminmax())
+    if least < 0 or largest > num_rows:
+        given = f"offsets from {least} to {largest}"
+        raise invalid(ValueError, name, given, f"offsets from 0 to {num_rows}, the rows of {side}")
+    (falls,) = torch.nonzero(cu_seqlens.diff() < 0, as_tuple=True)
+    if len(falls) > 0:
+        begin, end = cu_seqlens[falls[0] : falls[0] + 2].tolist()
+        raise invalid(ValueError, name, f"{end} after {begin}", "offsets that never decrease")
+
+
+def _check_longest(name: str, max_seqlen: int, longest: int) -> None:
+    if longest > max_seqlen:
+        raise invalid(ValueError, name, max_seqlen, f"at least {longest}, the rows of the longest sequence")
 
 
 def _shape(shape: torch.Size) -> str:
