@@ -12,6 +12,7 @@ from .arguments import plain_bool, reject_unavailable
 from .autograd import attend, attend_packed
 from .config import HEAD_DIM_TILES
 from .flash_attn_config import CONFIG
+from .unavailable_ops import raise_unavailable
 
 #: There is no AMD back end; the name is read by programs that ask which one is in use.
 USE_TRITON_ROCM = False
@@ -230,7 +231,7 @@ def flash_attn_with_kvcache(
 
 def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
     """Merge the partial results of split keys. Not available yet: raises NotImplementedError."""
-    raise NotImplementedError("flash_attn_combine is not available yet")
+    raise_unavailable("flash_attn_combine")
 
 
 def get_scheduler_metadata(
@@ -257,7 +258,7 @@ def get_scheduler_metadata(
     sm_margin=0,
 ):
     """Plan calls of `flash_attn_with_kvcache` ahead. Not available yet: raises NotImplementedError."""
-    raise NotImplementedError("get_scheduler_metadata is not available yet")
+    raise_unavailable("get_scheduler_metadata")
 
 
 def round_multiple(x: int, m: int) -> int:
