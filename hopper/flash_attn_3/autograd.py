@@ -13,6 +13,7 @@ from .arguments import plain_bool, split_qkv
 from .backward_ops import call_gradients
 from .ops import call_functional, gradient_is_wanted, operators_are_watched
 from .signature import ALL_WANTED, NO_INDEX_TENSORS, NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, plain_options
+from .transforms import check_is_recordable
 
 
 def attend(
@@ -30,6 +31,7 @@ def attend(
         # Brings an autograd formula of its own.
         return call_functional(q, k, v, extras, options, deterministic)[:2]
     if gradient_is_wanted(q, k, v):
+        check_is_recordable(q, k, v)
         return RecordedAttention.apply(q, k, v, extras, options, deterministic)
     return dispatch.forward(q, k, v, extras, options)
 
@@ -39,6 +41,7 @@ def attend_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` of the parts of one tensor, whose gradient is one tensor, too."""
     if gradient_is_wanted(qkv) and not operators_are_watched(qkv):
+        check_is_recordable(qkv)
         deterministic = plain_bool("deterministic", deterministic)
         return RecordedPackedAttention.apply(qkv, num_heads_q, extras, options, deterministic)
     return attend(*split_qkv(qkv, num_heads_q), extras, options, deterministic)

@@ -45,7 +45,9 @@ def flash_attn_func(
 
     Gradients flow to q, k and v, from out and from lse, so results over disjoint keys may be merged by their
     log-sum-exps and trained through; they cannot be differentiated again. A row or key that sees nothing has gradient
-    0.
+    0; the gradient of such a row's lse may be anything, NaN too, but that of its out must be finite.
+    Forward-mode derivatives and the transforms of torch.func do not exist, and raise NotImplementedError on CUDA
+    devices and the CPU alike.
 
     Args:
         q: (b, sq, h, d), float16 or bfloat16. d is a multiple of 8, at most 256.
@@ -77,7 +79,7 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument breaks a rule; the text names it. Bools may be 0, 1 or numpy's, too, but
             nothing else that merely counts as true or false.
-        NotImplementedError: a feature is not available yet.
+        NotImplementedError: a feature is not available yet, or a derivative does not exist.
         UnsupportedDeviceError: the GPU is not a Hopper.
     """
     if return_attn_probs is not True and return_attn_probs is not False:
