@@ -55,7 +55,8 @@ def flash_attn_func(
         v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192. Wider than
             256, it cannot be differentiated.
         softmax_scale: finite and > 0; d ** -0.5 by default. It and softcap may be any real number, numpy's too, or a
-            tensor of one element, which is read at once and gets no gradient.
+            tensor of one element, which is read at once and gets no gradient; in a full graph of torch.compile they,
+            and all other options, must be Python's own numbers.
         causal: a row sees the keys up to its own position; the same as window_size=(left, 0).
         qv: not available yet.
         q_descale, k_descale, v_descale: float32 (b, hk); only FP8 inputs, which are not available yet, read them.
@@ -280,12 +281,20 @@ def round_up_headdim(head_size: int) -> int:
 class _PublicFunction(torch.autograd.Function):
     """A public function in the shape of an autograd function.
 
-    What records a call is the public function itself. Compilers trace ``forward``, without gradients.
+    What records a call is the public function itself. torch.compile does not see that: it traces ``forward`` and, where
+    a gradient is wanted, ``backward``.
     """
 
     @classmethod
     def apply(cls, *args):
         return cls.forward(None, *args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "the apply of FlashAttnFunc, FlashAttnVarlenFunc and FlashAttnQKVPackedFunc has no gradient in a "
+            "full graph of torch.compile: call flash_attn_func, flash_attn_varlen_func or flash_attn_qkvpacked_func"
+        )
 
 
 class FlashAttnFunc(_PublicFunction):

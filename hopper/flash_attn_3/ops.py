@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import dispatch, validation
-from .arguments import invalid, plain_bool, reject_unavailable, window_sides
+from .arguments import invalid, plain_int, reject_unavailable, window_sides
 from .backward_ops import call_gradients
 from .operators import LIBRARY, Arguments, no_accumulators
 from .signature import NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, forward_signature, plain_options
@@ -61,19 +61,26 @@ def call_functional(
 ) -> tuple[torch.Tensor, ...]:
     """``_flash_attn_forward`` of the arguments of `dispatch.forward`; ``deterministic`` is for its gradients."""
     by_name = dict(zip(ForwardOptions._fields, options, strict=True))
-    by_name["causal"] = plain_bool("causal", by_name["causal"])
-    if by_name["pack_gqa"] is not None:
-        by_name["pack_gqa"] = plain_bool("pack_gqa", by_name["pack_gqa"], "True, False or None")
-    by_name["window_size_left"], by_name["window_size_right"] = window_sides(by_name.pop("window_size"))
+    # First, for Dynamo cannot compare a pair of tensors, which it makes of numpy's numbers.
+    by_name["window_size"] = window_sides(by_name["window_size"])
+    by_name = dict(zip(by_name, plain_options(tuple(by_name.values())), strict=True))
+    for name in ("attention_chunk", "num_splits", "sm_margin"):
+        by_name[name] = plain_int(name, by_name[name])
+    by_name["window_size_left"], by_name["window_size_right"] = by_name.pop("window_size")
     by_name |= zip(OptionalTensors._fields, extras, strict=True)
     return _FUNCTIONAL(q, k, v, **by_name, deterministic=deterministic)
 
 
-def operators_are_watched(q: torch.Tensor) -> bool:
-    """Whether somebody must see an operator: a compiler, a tensor subclass (fake, functional, ...), a dispatch mode."""
+def operators_are_watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether somebody must see an operator: a compiler, a tensor subclass (fake, functional, ...), a dispatch mode.
+
+    Meta tensors have no data, so that only an operator's fake can serve them. On the path of every call.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)
+    if q.__class__ in _PLAIN_TENSORS and k.__class__ in _PLAIN_TENSORS and v.__class__ in _PLAIN_TENSORS:
+        return q.is_meta
+    return any(isinstance(x, torch.Tensor) and x.__class__ not in _PLAIN_TENSORS for x in (q, k, v))
 
 
 def gradient_is_wanted(*tensors: torch.Tensor) -> bool:
@@ -143,7 +150,7 @@ def _flash_attn_forward_fake(*args, **kwargs):
     q, k, v, extras, options, out = _FUNCTIONAL_ARGUMENTS.bind(args, kwargs)
     _check_no_out(out)
     call = forward_signature(q, k, v, extras, plain_options(options))
-    validation.check_tensors(call)
+    validation.check_without_sizes(call)
     out = q.new_empty(call.out_shape)
     return out, out.new_empty(call.lse_shape, dtype=torch.float32), *no_accumulators(out, 2)
 
@@ -159,7 +166,7 @@ def _fwd(*args, **kwargs):
     """``fwd``, composite: the functional operator and a copy into ``out``, or, unwatched, straight into ``out``."""
     q, k, v, extras, options, out = _FWD_ARGUMENTS.bind(args, kwargs)
     validation.check_last_strides(q=q, k=k, v=v, out=out)
-    if operators_are_watched(q) or gradient_is_wanted(q, k, v):
+    if operators_are_watched(q, k, v) or gradient_is_wanted(q, k, v):
         result, *others = call_functional(q, k, v, extras, options)
         if out is None:
             return result, *others

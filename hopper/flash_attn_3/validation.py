@@ -27,20 +27,21 @@ MAX_HEAD_DIM = 256
 
 def check_forward(call: ForwardSignature) -> None:
     """Raise on the first rule that ``call`` breaks."""
-    check_tensors(call)
-    _check_devices(call)
+    check_without_sizes(call)
+    _check_device_type(call)
     _check_sequences(call)
     _check_heads(call)
     _check_head_dims(call)
     _check_descales(call)
     _check_out(call)
-    _check_options(call)
 
 
-def check_tensors(call: ForwardSignature) -> None:
-    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes and ranks."""
+def check_without_sizes(call: ForwardSignature) -> None:
+    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes, devices, ranks and options."""
     _check_dtypes(call)
+    _check_same_device(call)
     _check_ranks(call)
+    _check_options(call)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------
@@ -61,9 +62,12 @@ def _check_dtypes(call: ForwardSignature) -> None:
             raise invalid(TypeError, name, f"dtype {spec.dtype}", "int32")
 
 
-def _check_devices(call: ForwardSignature) -> None:
+def _check_device_type(call: ForwardSignature) -> None:
     if call.q.device.type not in ("cuda", "cpu"):
         raise invalid(ValueError, "q", f"device {call.q.device}", "on a CUDA device or on the CPU")
+
+
+def _check_same_device(call: ForwardSignature) -> None:
     for name, spec in call.tensors.items():
         if spec is not None and spec.device != call.q.device:
             raise invalid(ValueError, name, f"device {spec.device}", f"on q's device, {call.q.device}")
@@ -183,7 +187,8 @@ def _check_options(call: ForwardSignature) -> None:
         raise invalid(ValueError, "softcap", call.softcap, f">= 0 (0 switches it off) and at most {MAX_SCALE:.3g}")
     if call.softmax_scale is not None and not 0 < call.softmax_scale <= MAX_SCALE:
         raise invalid(ValueError, "softmax_scale", call.softmax_scale, f"> 0 and at most {MAX_SCALE:.3g}")
-    if call.softcap > 0 and call.scale / call.softcap > MAX_SCALE:
+    # The default scale of a symbolic head dim is symbolic, and never so large that it matters.
+    if call.softcap > 0 and not isinstance(call.scale, torch.SymFloat) and call.scale / call.softcap > MAX_SCALE:
         allowed = f"so large that softmax_scale / softcap is at most {MAX_SCALE:.3g}"
         raise invalid(ValueError, "softcap", call.softcap, allowed)
 

@@ -85,9 +85,6 @@ TENSOR_RULES = {
     ),
     "k_dtype": dense_rule(TypeError, ["k: ", "float16", "q's", "bfloat16"], k=zeros(2, 12, 2, 64, dtype=FP16)),
     "v_dtype": dense_rule(TypeError, ["v: ", "float16", "q's", "bfloat16"], v=zeros(2, 12, 2, 64, dtype=FP16)),
-    "q_meta": dense_rule(
-        ValueError, ["q: ", "meta", "CUDA", "CPU"], q=torch.empty(2, 8, 4, 64, dtype=BF16, device="meta")
-    ),
     "k_device": dense_rule(
         ValueError, ["k: ", "meta", "q's device, cpu"], k=torch.empty(2, 12, 2, 64, dtype=BF16, device="meta")
     ),
