@@ -35,7 +35,7 @@ def plain_int(name: str, value: Any) -> int:
 
     A symbolic int stays symbolic, so that a compiled graph is not tied to one value.
     """
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt) or _is_traced(name, value):
         return value
     try:
         return operator.index(value)
@@ -50,6 +50,7 @@ def plain_bool(name: str, value: Any, allowed: str = "True or False") -> bool:
     """
     if value is True or value is False:
         return value
+    _is_traced(name, value)
     if isinstance(value, torch.SymBool) or (isinstance(value, numbers.Integral) and value in (0, 1)):
         return bool(value)
     numpy = sys.modules.get("numpy")  # without it there are no numpy bools either
@@ -60,9 +61,23 @@ def plain_bool(name: str, value: Any, allowed: str = "True or False") -> bool:
 
 def plain_float(name: str, value: Any) -> float:
     """A float of anything that stands for one: an int, a numpy float, a tensor of one element."""
+    if _is_traced(name, value):
+        return value
     if isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return float(value)
     raise invalid(TypeError, name, f"{value!r} of type {type(value).__name__}", "a float")
+
+
+def _is_traced(name: str, value: Any) -> bool:
+    """Whether Dynamo traces the call: then a number stays as it is, a symbolic one too.
+
+    Raises TypeError for a tensor, whose value Dynamo does not know, and for numpy's numbers, of which it makes tensors.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    if not isinstance(value, (int, float)):
+        raise invalid(TypeError, name, "a tensor or numpy's number", "Python's own number under torch.compile")
+    return True
 
 
 def check_is_dense(name: str, tensor: torch.Tensor) -> None:

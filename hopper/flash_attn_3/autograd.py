@@ -13,6 +13,7 @@ from .arguments import plain_bool, split_qkv
 from .backward_ops import call_gradients
 from .ops import call_functional, gradient_is_wanted, operators_are_watched
 from .signature import ALL_WANTED, NO_INDEX_TENSORS, NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, plain_options
+from .transforms import check_is_recordable
 
 
 def attend(
@@ -26,10 +27,11 @@ def attend(
     """(out, lse); the arguments are those of `dispatch.forward`, and ``deterministic`` is for the backward pass."""
     if deterministic is not True and deterministic is not False:
         deterministic = plain_bool("deterministic", deterministic)
-    if operators_are_watched(q):
+    if operators_are_watched(q, k, v):
         # Brings an autograd formula of its own.
         return call_functional(q, k, v, extras, options, deterministic)[:2]
     if gradient_is_wanted(q, k, v):
+        check_is_recordable(q, k, v)
         return RecordedAttention.apply(q, k, v, extras, options, deterministic)
     return dispatch.forward(q, k, v, extras, options)
 
@@ -38,7 +40,8 @@ def attend_packed(
     qkv: torch.Tensor, num_heads_q: int | None, extras: OptionalTensors, options: ForwardOptions, deterministic: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` of the parts of one tensor, whose gradient is one tensor, too."""
-    if gradient_is_wanted(qkv) and not operators_are_watched(qkv):
+    if gradient_is_wanted(qkv) and not operators_are_watched(qkv, qkv, qkv):
+        check_is_recordable(qkv)
         deterministic = plain_bool("deterministic", deterministic)
         return RecordedPackedAttention.apply(qkv, num_heads_q, extras, options, deterministic)
     return attend(*split_qkv(qkv, num_heads_q), extras, options, deterministic)
@@ -94,7 +97,8 @@ def _gradients(dout, dlse, q, k, v, out, lse, index_tensors, options, determinis
     Somebody may want to see an operator: a compiler, or autograd itself, which must know that gradients of gradients
     do not exist. It ignores ``gradients`` and returns others.
     """
-    if torch.is_grad_enabled() or operators_are_watched(dlse if dout is None else dout):
+    given = [gradient for gradient in (dout, dlse) if gradient is not None]
+    if torch.is_grad_enabled() or operators_are_watched(given[0], given[-1], q):
         arguments = (q, k, v, out, lse, index_tensors, options, deterministic, wanted)
         return call_gradients(dout, dlse, *arguments)
     if dout is None:

@@ -16,7 +16,7 @@ from .backward_plan import BackwardPlan, BackwardProblem, plan_backward
 from .backward_validation import check_backward
 from .launch import device_sms, forward_problem
 from .problem import ScoreScales
-from .signature import BackwardSignature, TensorSpec
+from .signature import NUM_INDEX_TENSORS, BackwardSignature, TensorSpec
 
 #: To be dropped with the first run of the GPU tests of gradients.
 NOT_RUN_ON_A_GPU = (
@@ -51,13 +51,14 @@ def prepare_backward(call: BackwardSignature) -> BackwardLaunch:
     accumulation = Accumulation.ORDERED if call.deterministic else Accumulation.UNORDERED
     problem = BackwardProblem(forward_problem(forward, device_sms(forward.q.device)), accumulation)
     plan = plan_backward(problem)
-    if math.prod(forward.q.shape) == 0 or math.prod(forward.k.shape) == 0:
+    is_empty = math.prod(forward.q.shape) == 0 or math.prod(forward.k.shape) == 0
+    if forward.q.device.type == "cpu":
+        run, checks_tensors = _checked(call, _write_zeros if is_empty else _cpu_backward(call, problem, plan)), False
+    elif is_empty:
         run, checks_tensors = _write_zeros, False
-    elif forward.q.device.type == "cuda":
+    else:
         warnings.warn(NOT_RUN_ON_A_GPU, stacklevel=1)
         run, checks_tensors = cuda_backward(call, problem, plan), True
-    else:
-        run, checks_tensors = _cpu_backward(call, problem, plan), False
     statistics = TensorSpec(call.statistics_shape(plan.config.block_m), torch.float32, forward.q.device)
     return BackwardLaunch(
         tuple(map(_allocator, (forward.q, forward.k, forward.v))), _allocator(statistics), run, checks_tensors
@@ -81,6 +82,17 @@ def _write_zeros(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_t
             gradient.zero_()
 
 
+def _checked(call: BackwardSignature, run: Callable[..., None]) -> Callable[..., None]:
+    """``run`` after a look at the index tensors' values, also where a wrong max_seqlen says that there is nothing."""
+    longest = (call.forward.max_seqlen_q, call.forward.max_seqlen_k)
+
+    def checked(dout, q, k, *others: torch.Tensor | None) -> None:
+        validation.check_index_values(q, k, *others[-NUM_INDEX_TENSORS:], *longest)
+        run(dout, q, k, *others)
+
+    return checked
+
+
 def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: BackwardPlan) -> Callable[..., None]:
     """The tile-level model of the kernels, in PyTorch."""
     from . import cpu_backend
@@ -88,10 +100,7 @@ def _cpu_backward(call: BackwardSignature, problem: BackwardProblem, plan: Backw
     scales = (call.forward.scale, float(call.forward.softcap))
 
     def run(*tensors: torch.Tensor | None) -> None:
-        named = cpu_backend.BackwardTensors(*tensors)
-        index_tensors = (named.cu_seqlens_q, named.cu_seqlens_k, named.seqused_q, named.seqused_k)
-        validation.check_index_values(named.q, named.k, *index_tensors)
-        cpu_backend.backward(plan, problem, named, *scales)
+        cpu_backend.backward(plan, problem, cpu_backend.BackwardTensors(*tensors), *scales)
 
     return run
 

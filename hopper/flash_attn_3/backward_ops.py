@@ -33,6 +33,10 @@ NO_SECOND_BACKWARD = (
     "Where create_graph=True is not needed, leave it out"
 )
 
+# Five results, all of them scratch, as FlashAttention-3's operator has them today. A test of its own still asks for an
+# older schema of eight, with dq, dk and dv in front. Only one of the two can be served. The callers of today read
+# softmax_d as the first result (FlashAttention-3), accept both (xFormers) or read none (PyTorch); and a kernel that
+# returns arguments that it writes cannot be functionalised.
 _BWD_SCHEMA = """bwd(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq=None,
     Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,
@@ -214,5 +218,37 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"flash_attn_3::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd("flash_attn_3::_attention_gradients", _no_second_backward, lib=LIBRARY)
 
-#: The operator, called like a function: ``_flash_attn_backward(dout, q, k, v, out, softmax_lse, ...)``.
-_flash_attn_backward = _OPERATORS._flash_attn_backward
+
+def _flash_attn_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    sequed_q: torch.Tensor | None = None,
+    sequed_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dq: torch.Tensor | None = None,
+    dk: torch.Tensor | None = None,
+    dv: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> torch.Tensor:
+    """The operator that writes into dq, dk and dv, as a function whose parameters programs read: softmax_d.
+
+    The parameters, their order and their spelling are FlashAttention-3's. A gradient that is None is not computed.
+    softmax_d is scratch with the sum of dout * out per query row: fp32 (b, h, rows), or (h, rows) with cu_seqlens_q.
+    """
+    return _OPERATORS._flash_attn_backward.default(
+        *(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k),
+        *(dq, dk, dv, softmax_scale, is_causal, window_size_left, window_size_right, softcap, deterministic, sm_margin),
+    )

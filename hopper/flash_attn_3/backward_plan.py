@@ -217,8 +217,11 @@ def padded_offset(first_row: int, sequence: int, block_m: int) -> int:
 
 
 def num_blocks(num_rows: int, num_sequences: int, block_rows: int, packed: bool) -> int:
-    """Blocks of one head of all sequences: of ``num_rows`` rows in each, or in total where they are packed, with numbers
-    enough for all lengths."""
+    """Blocks of one head of all sequences.
+
+    Args:
+        num_rows: of each sequence; with ``packed`` of all together, and the blocks are enough for any lengths.
+    """
     if packed:
         return num_rows // block_rows + num_sequences
     return -(-num_rows // block_rows) * num_sequences

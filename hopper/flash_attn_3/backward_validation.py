@@ -15,9 +15,6 @@ def check_backward(call: BackwardSignature) -> None:
     check_backward_tensors(call)
     validation.check_forward(call.forward)
     _check_head_dims(call)
-    for name, spec in call.tensors.items():
-        if spec is not None and spec.device != call.forward.q.device:
-            raise invalid(ValueError, name, f"device {spec.device}", f"on q's device, {call.forward.q.device}")
     for name, (_, shape) in _expected(call).items():
         spec = getattr(call, name)
         if spec is not None and tuple(spec.shape) != tuple(shape):
@@ -25,14 +22,16 @@ def check_backward(call: BackwardSignature) -> None:
 
 
 def check_backward_tensors(call: BackwardSignature) -> None:
-    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes and ranks."""
-    validation.check_tensors(call.forward)
+    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes, devices, ranks and options."""
+    validation.check_without_sizes(call.forward)
     for name, (dtype, shape) in _expected(call).items():
         spec = getattr(call, name)
         if spec is None:
             continue
         if spec.dtype != dtype:
             raise invalid(TypeError, name, f"dtype {spec.dtype}", str(dtype).removeprefix("torch."))
+        if spec.device != call.forward.q.device:
+            raise invalid(ValueError, name, f"device {spec.device}", f"on q's device, {call.forward.q.device}")
         if len(spec.shape) != len(shape):
             raise invalid(ValueError, name, f"{len(spec.shape)} dimensions", f"of {len(shape)}, like {_LIKE[name]}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch.autograd import forward_ad
 
 from . import validation
 from .backward_launch import BackwardLaunch, prepare_backward
@@ -26,6 +27,7 @@ from .signature import (
     forward_signature,
     plain_options,
 )
+from .transforms import reject_tangents, reject_transforms
 
 #: Launches that are remembered; the oldest goes first. A batch of sequences of new lengths needs a new one.
 MAX_LAUNCHES = 4096
@@ -59,6 +61,8 @@ def forward(
         out (q's shape with v's head dim, q's dtype; ``out`` itself where it is given) and the log-sum-exp of the
         scores, fp32 (b, h, sq), or (h, total_q) with cu_seqlens_q.
     """
+    if forward_ad._current_level >= 0:
+        reject_tangents(q, k, v)
     options = plain_options(options)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, q_descale, k_descale, v_descale = extras
     try:
@@ -84,6 +88,7 @@ def forward(
         launch.run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         # A rule that is broken is told in the rule's words, whoever noticed.
+        reject_transforms()
         validation.check_forward(forward_signature(q, k, v, extras, options, out))
         raise
     return out, lse
@@ -118,6 +123,8 @@ def backward(
         (dq, dk, dv), and the statistics of the query rows, softmax_d and lse_log2 (`cpu.row_statistics`), as one fp32
         tensor (2, b, h, rows) or (2, h, rows) with the rows laid out as `backward_plan` says.
     """
+    if forward_ad._current_level >= 0:
+        reject_tangents(dout, dlse, q, k, v, out)
     options = plain_options(options)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = index_tensors
     if gradients is not None:
@@ -155,6 +162,7 @@ def backward(
         dq, dk, dv = gradients
         launch.run(dout, q, k, v, out, lse, dlse, statistics, dq, dk, dv, *index_tensors)
     except (AttributeError, TypeError, ValueError, RuntimeError):
+        reject_transforms(dout, dlse)
         check_backward(backward_signature(*arguments))
         raise
     return gradients, statistics

@@ -12,6 +12,7 @@ from .arguments import plain_bool, reject_unavailable
 from .autograd import attend, attend_packed
 from .config import HEAD_DIM_TILES
 from .flash_attn_config import CONFIG
+from .unavailable_ops import raise_unavailable
 
 #: There is no AMD back end; the name is read by programs that ask which one is in use.
 USE_TRITON_ROCM = False
@@ -44,7 +45,9 @@ def flash_attn_func(
 
     Gradients flow to q, k and v, from out and from lse, so results over disjoint keys may be merged by their
     log-sum-exps and trained through; they cannot be differentiated again. A row or key that sees nothing has gradient
-    0.
+    0; the gradient of such a row's lse may be anything, NaN too, but that of its out must be finite.
+    Forward-mode derivatives and the transforms of torch.func do not exist, and raise NotImplementedError on CUDA
+    devices and the CPU alike.
 
     Args:
         q: (b, sq, h, d), float16 or bfloat16. d is a multiple of 8, at most 256.
@@ -52,7 +55,8 @@ def flash_attn_func(
         v: (b, sk, hk, dv), dtype of q. dv = d; or dv <= 512 where d <= 64; or 96 < dv <= 128 < d <= 192. Wider than
             256, it cannot be differentiated.
         softmax_scale: finite and > 0; d ** -0.5 by default. It and softcap may be any real number, numpy's too, or a
-            tensor of one element, which is read at once and gets no gradient.
+            tensor of one element, which is read at once and gets no gradient; in a full graph of torch.compile they,
+            and all other options, must be Python's own numbers.
         causal: a row sees the keys up to its own position; the same as window_size=(left, 0).
         qv: not available yet.
         q_descale, k_descale, v_descale: float32 (b, hk); only FP8 inputs, which are not available yet, read them.
@@ -76,7 +80,7 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument breaks a rule; the text names it. Bools may be 0, 1 or numpy's, too, but
             nothing else that merely counts as true or false.
-        NotImplementedError: a feature is not available yet.
+        NotImplementedError: a feature is not available yet, or a derivative does not exist.
         UnsupportedDeviceError: the GPU is not a Hopper.
     """
     if return_attn_probs is not True and return_attn_probs is not False:
@@ -165,9 +169,10 @@ def flash_attn_varlen_func(
         k: (total_k, hk, d).
         v: (total_k, hk, dv).
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), contiguous: sequence i has the rows cu_seqlens[i] to
-            cu_seqlens[i + 1], which must exist; only on the CPU is that checked. Where one is None, that side is dense,
-            shaped as in `flash_attn_func`.
-        max_seqlen_q, max_seqlen_k: rows of the longest sequence, or more; read only where cu_seqlens is given.
+            cu_seqlens[i + 1], which must exist. Where one is None, that side is dense, shaped as in `flash_attn_func`.
+        max_seqlen_q, max_seqlen_k: rows of the longest sequence that take part, or more; read only where cu_seqlens is
+            given. Only on the CPU are they and the values of cu_seqlens checked; on a GPU results are undefined where
+            these are wrong.
         seqused_q, seqused_k: int32 (b,), contiguous: only so many rows of each sequence take part. Rows of out and
             lse past seqused_q are left unwritten. Rows that take no part, those outside all sequences among them, have
             gradient 0, whatever the gradient of their out is.
@@ -229,7 +234,7 @@ def flash_attn_with_kvcache(
 
 def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
     """Merge the partial results of split keys. Not available yet: raises NotImplementedError."""
-    raise NotImplementedError("flash_attn_combine is not available yet")
+    raise_unavailable("flash_attn_combine")
 
 
 def get_scheduler_metadata(
@@ -256,7 +261,7 @@ def get_scheduler_metadata(
     sm_margin=0,
 ):
     """Plan calls of `flash_attn_with_kvcache` ahead. Not available yet: raises NotImplementedError."""
-    raise NotImplementedError("get_scheduler_metadata is not available yet")
+    raise_unavailable("get_scheduler_metadata")
 
 
 def round_multiple(x: int, m: int) -> int:
@@ -276,12 +281,20 @@ def round_up_headdim(head_size: int) -> int:
 class _PublicFunction(torch.autograd.Function):
     """A public function in the shape of an autograd function.
 
-    What records a call is the public function itself. Compilers trace ``forward``, without gradients.
+    What records a call is the public function itself. torch.compile does not see that: it traces ``forward`` and, where
+    a gradient is wanted, ``backward``.
     """
 
     @classmethod
     def apply(cls, *args):
         return cls.forward(None, *args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "the apply of FlashAttnFunc, FlashAttnVarlenFunc and FlashAttnQKVPackedFunc has no gradient in a "
+            "full graph of torch.compile: call flash_attn_func, flash_attn_varlen_func or flash_attn_qkvpacked_func"
+        )
 
 
 class FlashAttnFunc(_PublicFunction):

@@ -15,7 +15,7 @@ from .config import Dtype, Score, SeqLayout
 from .errors import UnsupportedDeviceError
 from .heuristics import ForwardPlan, plan_forward
 from .problem import HOPPER_SMS, ForwardProblem, Packing, ScoreScales, normalize_mask
-from .signature import ForwardSignature
+from .signature import NUM_INDEX_TENSORS, ForwardSignature
 
 if TYPE_CHECKING:
     from .cache import CompiledKernel
@@ -49,12 +49,13 @@ def prepare_forward(call: ForwardSignature) -> ForwardLaunch:
     validation.check_forward(call)
     problem = forward_problem(call, device_sms(call.q.device))
     plan = plan_forward(problem)
-    if plan.num_ctas == 0 or math.prod(call.out_shape) == 0:
+    is_empty = plan.num_ctas == 0 or math.prod(call.out_shape) == 0
+    if call.q.device.type == "cpu":
+        run, checks_tensors = _checked(call, _write_nothing if is_empty else _cpu_forward(call, problem, plan)), False
+    elif is_empty:
         run, checks_tensors = _write_nothing, False
-    elif call.q.device.type == "cuda":
-        run, checks_tensors = _cuda_forward(call, problem, plan), True
     else:
-        run, checks_tensors = _cpu_forward(call, problem, plan), False
+        run, checks_tensors = _cuda_forward(call, problem, plan), True
     # Sizes one by one: torch takes half a microsecond more to read a tuple of them.
     return ForwardLaunch(
         functools.partial(torch.empty, *call.out_shape, dtype=call.q.dtype, device=call.q.device),
@@ -113,6 +114,17 @@ def _write_nothing(*tensors: torch.Tensor | None) -> None:
     """No query row, so no output."""
 
 
+def _checked(call: ForwardSignature, run: Callable[..., None]) -> Callable[..., None]:
+    """``run`` after a look at the index tensors' values, also where a wrong max_seqlen says that there is nothing."""
+    longest = (call.max_seqlen_q, call.max_seqlen_k)
+
+    def checked(q, k, v, out, lse, *others: torch.Tensor | None) -> None:
+        validation.check_index_values(q, k, *others[:NUM_INDEX_TENSORS], *longest)
+        run(q, k, v, out, lse, *others)
+
+    return checked
+
+
 def _cpu_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardPlan) -> Callable[..., None]:
     """The tile-level model of the kernel, in PyTorch."""
     from . import cpu_backend
@@ -120,7 +132,6 @@ def _cpu_forward(call: ForwardSignature, problem: ForwardProblem, plan: ForwardP
     scales = (call.scale, float(call.softcap))
 
     def run(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out) -> None:
-        validation.check_index_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         cpu_backend.forward(plan, problem, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scales)
 
     return run

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import dispatch, validation
-from .arguments import invalid, plain_bool, reject_unavailable, window_sides
+from .arguments import invalid, plain_int, reject_unavailable, window_sides
 from .backward_ops import call_gradients
 from .operators import LIBRARY, Arguments, no_accumulators
 from .signature import NUM_INDEX_TENSORS, ForwardOptions, OptionalTensors, forward_signature, plain_options
@@ -61,19 +61,26 @@ def call_functional(
 ) -> tuple[torch.Tensor, ...]:
     """``_flash_attn_forward`` of the arguments of `dispatch.forward`; ``deterministic`` is for its gradients."""
     by_name = dict(zip(ForwardOptions._fields, options, strict=True))
-    by_name["causal"] = plain_bool("causal", by_name["causal"])
-    if by_name["pack_gqa"] is not None:
-        by_name["pack_gqa"] = plain_bool("pack_gqa", by_name["pack_gqa"], "True, False or None")
-    by_name["window_size_left"], by_name["window_size_right"] = window_sides(by_name.pop("window_size"))
+    # First, for Dynamo cannot compare a pair of tensors, which it makes of numpy's numbers.
+    by_name["window_size"] = window_sides(by_name["window_size"])
+    by_name = dict(zip(by_name, plain_options(tuple(by_name.values())), strict=True))
+    for name in ("attention_chunk", "num_splits", "sm_margin"):
+        by_name[name] = plain_int(name, by_name[name])
+    by_name["window_size_left"], by_name["window_size_right"] = by_name.pop("window_size")
     by_name |= zip(OptionalTensors._fields, extras, strict=True)
     return _FUNCTIONAL(q, k, v, **by_name, deterministic=deterministic)
 
 
-def operators_are_watched(q: torch.Tensor) -> bool:
-    """Whether somebody must see an operator: a compiler, a tensor subclass (fake, functional, ...), a dispatch mode."""
+def operators_are_watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether somebody must see an operator: a compiler, a tensor subclass (fake, functional, ...), a dispatch mode.
+
+    Meta tensors have no data, so that only an operator's fake can serve them. On the path of every call.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)
+    if q.__class__ in _PLAIN_TENSORS and k.__class__ in _PLAIN_TENSORS and v.__class__ in _PLAIN_TENSORS:
+        return q.is_meta
+    return any(isinstance(x, torch.Tensor) and x.__class__ not in _PLAIN_TENSORS for x in (q, k, v))
 
 
 def gradient_is_wanted(*tensors: torch.Tensor) -> bool:
@@ -143,7 +150,7 @@ def _flash_attn_forward_fake(*args, **kwargs):
     q, k, v, extras, options, out = _FUNCTIONAL_ARGUMENTS.bind(args, kwargs)
     _check_no_out(out)
     call = forward_signature(q, k, v, extras, plain_options(options))
-    validation.check_tensors(call)
+    validation.check_without_sizes(call)
     out = q.new_empty(call.out_shape)
     return out, out.new_empty(call.lse_shape, dtype=torch.float32), *no_accumulators(out, 2)
 
@@ -159,7 +166,7 @@ def _fwd(*args, **kwargs):
     """``fwd``, composite: the functional operator and a copy into ``out``, or, unwatched, straight into ``out``."""
     q, k, v, extras, options, out = _FWD_ARGUMENTS.bind(args, kwargs)
     validation.check_last_strides(q=q, k=k, v=v, out=out)
-    if operators_are_watched(q) or gradient_is_wanted(q, k, v):
+    if operators_are_watched(q, k, v) or gradient_is_wanted(q, k, v):
         result, *others = call_functional(q, k, v, extras, options)
         if out is None:
             return result, *others
@@ -195,5 +202,51 @@ torch.library.register_autograd(
     "flash_attn_3::_flash_attn_forward", _backward, setup_context=setup_context, lib=LIBRARY
 )
 
-#: The functional operator, called like a function: ``_flash_attn_forward(q, k, v, ...)``.
-_flash_attn_forward = torch.ops.flash_attn_3._flash_attn_forward
+
+def _flash_attn_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_new: torch.Tensor | None = None,
+    v_new: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    out_: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    page_table: torch.Tensor | None = None,
+    kv_batch_idx: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    seqlens_rotary: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The functional operator, as a function whose parameters programs read: (out, lse, out_accum, lse_accum).
+
+    The parameters and their order are FlashAttention-3's. Those of `flash_attn_func` mean the same here; the others
+    are not available yet and must be None, or have no effect. The accumulators are empty.
+    """
+    return _FUNCTIONAL(
+        *(q, k, v, k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k),
+        *(max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary),
+        *(q_descale, k_descale, v_descale, softmax_scale, causal, window_size_left, window_size_right),
+        *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin),
+    )

@@ -27,20 +27,21 @@ MAX_HEAD_DIM = 256
 
 def check_forward(call: ForwardSignature) -> None:
     """Raise on the first rule that ``call`` breaks."""
-    check_tensors(call)
-    _check_devices(call)
+    check_without_sizes(call)
+    _check_device_type(call)
     _check_sequences(call)
     _check_heads(call)
     _check_head_dims(call)
     _check_descales(call)
     _check_out(call)
-    _check_options(call)
 
 
-def check_tensors(call: ForwardSignature) -> None:
-    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes and ranks."""
+def check_without_sizes(call: ForwardSignature) -> None:
+    """The rules that compare no sizes, so that they hold for symbolic ones too: dtypes, devices, ranks and options."""
     _check_dtypes(call)
+    _check_same_device(call)
     _check_ranks(call)
+    _check_options(call)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------
@@ -61,9 +62,12 @@ def _check_dtypes(call: ForwardSignature) -> None:
             raise invalid(TypeError, name, f"dtype {spec.dtype}", "int32")
 
 
-def _check_devices(call: ForwardSignature) -> None:
+def _check_device_type(call: ForwardSignature) -> None:
     if call.q.device.type not in ("cuda", "cpu"):
         raise invalid(ValueError, "q", f"device {call.q.device}", "on a CUDA device or on the CPU")
+
+
+def _check_same_device(call: ForwardSignature) -> None:
     for name, spec in call.tensors.items():
         if spec is not None and spec.device != call.q.device:
             raise invalid(ValueError, name, f"device {spec.device}", f"on q's device, {call.q.device}")
@@ -183,7 +187,8 @@ def _check_options(call: ForwardSignature) -> None:
         raise invalid(ValueError, "softcap", call.softcap, f">= 0 (0 switches it off) and at most {MAX_SCALE:.3g}")
     if call.softmax_scale is not None and not 0 < call.softmax_scale <= MAX_SCALE:
         raise invalid(ValueError, "softmax_scale", call.softmax_scale, f"> 0 and at most {MAX_SCALE:.3g}")
-    if call.softcap > 0 and call.scale / call.softcap > MAX_SCALE:
+    # The default scale of a symbolic head dim is symbolic, and never so large that it matters.
+    if call.softcap > 0 and not isinstance(call.scale, torch.SymFloat) and call.scale / call.softcap > MAX_SCALE:
         allowed = f"so large that softmax_scale / softcap is at most {MAX_SCALE:.3g}"
         raise invalid(ValueError, "softcap", call.softcap, allowed)
 
@@ -223,10 +228,13 @@ def check_index_values(
     cu_seqlens_k: torch.Tensor | None,
     seqused_q: torch.Tensor | None,
     seqused_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
 ) -> None:
     """Index tensors on the CPU: they are read as plain arrays, and the rows that they name must exist.
 
-    On a GPU the runtime checks the strides; the values it does not see.
+    No sequence may have more rows than max_seqlen says, counted after seqused has cut it; without cu_seqlens it is not
+    read. On a GPU the runtime checks the strides; the values it does not see.
     """
     index_tensors = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -237,15 +245,29 @@ def check_index_values(
     for name, tensor in index_tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise invalid(ValueError, name, f"strides {tensor.stride()}", "contiguous")
-    for side, rows in (("q", q), ("k", k)):
-        name = f"cu_seqlens_{side}"
-        cu_seqlens = index_tensors[name]
-        if cu_seqlens is None:
-            continue
-        least, largest = map(int, cu_seqlens.aminmax())
-        if least < 0 or largest > rows.shape[0]:
-            given = f"offsets from {least} to {largest}"
-            raise invalid(ValueError, name, given, f"offsets from 0 to {rows.shape[0]}, the rows of {side}")
+    for side, rows, max_seqlen in (("q", q, max_seqlen_q), ("k", k, max_seqlen_k)):
+        cu_seqlens, seqused = index_tensors[f"cu_seqlens_{side}"], index_tensors[f"seqused_{side}"]
+        if cu_seqlens is not None:
+            _check_offsets(f"cu_seqlens_{side}", cu_seqlens, side, rows.shape[0])
+            lengths = cu_seqlens.diff() if seqused is None else cu_seqlens.diff().minimum(seqused)
+            _check_longest(f"max_seqlen_{side}", max_seqlen, max(lengths.tolist(), default=0))
+
+
+def _check_offsets(name: str, cu_seqlens: torch.Tensor, side: str, num_rows: int) -> None:
+    """Where sequences begin and end: within the rows, and one after another."""
+    least, largest = map(int, cu_seqlens.aminmax())
+    if least < 0 or largest > num_rows:
+        given = f"offsets from {least} to {largest}"
+        raise invalid(ValueError, name, given, f"offsets from 0 to {num_rows}, the rows of {side}")
+    (falls,) = torch.nonzero(cu_seqlens.diff() < 0, as_tuple=True)
+    if len(falls) > 0:
+        begin, end = cu_seqlens[falls[0] : falls[0] + 2].tolist()
+        raise invalid(ValueError, name, f"{end} after {begin}", "offsets that never decrease")
+
+
+def _check_longest(name: str, max_seqlen: int, longest: int) -> None:
+    if longest > max_seqlen:
+        raise invalid(ValueError, name, max_seqlen, f"at least {longest}, the rows of the longest sequence")
 
 
 def _shape(shape: torch.Size) -> str:

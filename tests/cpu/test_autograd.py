@@ -194,6 +194,18 @@ def test_gradient_of_the_log_sum_exp_alone():
     assert (found[2] == 0).all() and (found[0] != 0).any()
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+def test_any_gradient_of_the_log_sum_exp_of_a_row_that_sees_nothing(poison):
+    """Its log-sum-exp is a constant; a merge of partial results hands back what -inf minus -inf gives."""
+    q, k, v = leaves(random_qkv((40, 25), heads=(4, 2)))
+    results = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    dout, dlse = random_gradients(q.detach(), v.detach())
+    expected = torch.autograd.grad(results, (q, k, v), (dout, dlse), retain_graph=True)
+    dlse[..., :15] = poison
+    found = torch.autograd.grad(results, (q, k, v), (dout, dlse))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("names", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
 def test_only_what_requires_a_gradient(names, addresses):
     tensors = dict(zip("qkv", random_qkv((40, 70), heads=(4, 2)), strict=True))

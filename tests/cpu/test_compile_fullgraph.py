@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True) and torch.export over the public functions and the raw operator."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,14 +38,68 @@ def test_options_reach_the_kernel(name):
     assert node.kwargs[name] == OPTIONS[name]
 
 
+def apply(q, k, v):
+    return FlashAttnFunc.apply(q, k, v, None, True)
+
+
 def test_autograd_functions_of_flash_attention_3_compile():
-    """Without gradients; with them, compile the functions."""
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*qkv()), apply(*qkv()))
+
+
+def test_autograd_functions_of_flash_attention_3_have_no_gradient_in_a_full_graph():
+    """The error says what has one; where a graph may break, they have it, too."""
+    tensors = [x.requires_grad_() for x in qkv()]
+    with pytest.raises(Exception, match=r"no gradient in a full graph of torch\.compile: call flash_attn_func"):
+        torch.compile(apply, fullgraph=True, backend="aot_eager")(*tensors)
+    torch._dynamo.reset()
+    results = [function(*tensors).sum() for function in (torch.compile(apply, backend="aot_eager"), apply)]
+    assert all(map(torch.equal, *(torch.autograd.grad(x, tensors) for x in results)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("softmax_scale", np.float32(0.5)),
+        ("softmax_scale", torch.tensor(0.5)),
+        ("softcap", np.float64(2.0)),
+        ("window_size", (np.int64(3), np.int32(1))),
+        ("window_size", torch.tensor([3, 1])),
+        ("attention_chunk", np.int64(7)),
+        ("num_splits", np.int64(1)),
+        ("sm_margin", np.int64(2)),
+        ("causal", np.True_),
+        ("deterministic", np.True_),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_options_whose_values_a_full_graph_does_not_know(name, value):
+    """Dynamo makes tensors of numpy's numbers. Where a graph may break, they work."""
 
     def function(q, k, v):
-        return FlashAttnFunc.apply(q, k, v, None, True)
+        return flash_attn_func(q, k, v, **{name: value})
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*qkv()), function(*qkv()))
+    words = rf"{name}(\[0\])?: got a tensor or numpy's number; it must be Python's own number under torch.compile"
+    with pytest.raises(Exception, match=words):
+        torch.compile(function, fullgraph=True, backend="eager")(*qkv())
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, backend="eager")(*qkv()), function(*qkv()))
+
+
+def test_numpy_options_in_an_export_that_is_not_traced_by_dynamo():
+    """There every value is known."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            options = {
+                "softmax_scale": np.float32(0.5),
+                "window_size": (np.int64(9), 3),
+                "attention_chunk": np.int64(7),
+            }
+            return flash_attn_func(q, k, v, **options, num_splits=np.int64(0), sm_margin=np.int64(2))
+
+    exported = torch.export.export(Module(), tuple(qkv()), strict=False)
+    assert torch.equal(exported.module()(*qkv()), Module()(*qkv()))
 
 
 def test_one_graph_serves_many_lengths():

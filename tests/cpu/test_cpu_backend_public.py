@@ -71,6 +71,28 @@ def test_flash_attn_varlen_func(name):
     assert_attention_close(out, lse, q, k, v, options, sequences)
 
 
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reach_the_model(autocast_dtype, dtype, compile_it):
+    """Autocast would have the model's float32 products in 16 bits; results and gradients are those without it."""
+    q, k, v = (x.requires_grad_() for x in random_qkv((60, 90), heads=(4, 2), dtype=dtype))
+
+    def attention(q, k, v):
+        return flash_attn_interface.flash_attn_func(q, k, v, causal=True, softcap=5.0, return_attn_probs=True)
+
+    def results(function):
+        out, lse = function(q, k, v)
+        return out, lse, *torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
+
+    expected = results(attention)
+    torch._dynamo.reset()
+    function = torch.compile(attention, fullgraph=True, backend="aot_eager") if compile_it else attention
+    with torch.autocast("cpu", autocast_dtype):
+        found = results(function)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("lengths", [(5, 0), (0, 5), (0, 0)], ids=str)
 def test_no_queries_or_no_keys(lengths):
     """N5, N9."""

@@ -4,9 +4,12 @@ import importlib
 
 import pytest
 import torch
+from torch._C import parse_schema
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from compiled_calls import BACKENDS
 from cpu_calls import random_qkv
+from flash_attn_3 import ops
 from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 importlib.import_module("flash_attn_3._C")
@@ -283,3 +286,68 @@ def test_opcheck_of_fwd_with_out():
     q, k, v = random_qkv((20, 30), heads=(4, 2), batch=2)
     results = torch.library.opcheck(NAMESPACE.fwd.default, (q, k, v), {"out": torch.zeros_like(q)})
     assert set(results.values()) == {"SUCCESS"}
+
+
+# -- the function of the functional operator -------------------------------------------------------------------------
+
+
+def test_every_argument_of_the_function_reaches_the_operator(monkeypatch):
+    """By position and by name, in the order of the schema."""
+    calls = []
+    monkeypatch.setattr(ops, "_FUNCTIONAL", lambda *args: calls.append(args))
+    names = [name for _, name, *_ in ARGUMENTS]
+    ops._flash_attn_forward(*names)
+    ops._flash_attn_forward(**{name: name for name in names})
+    assert calls == [tuple(names)] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_compiles(backend, qkv):
+    torch._dynamo.reset()
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    compiled = torch.compile(lambda *x: ops._flash_attn_forward(*x, causal=True), fullgraph=True, backend=backend)
+    found, expected = compiled(q, k, v)[:2], flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert all(map(torch.equal, found, expected))
+    gradients = [torch.autograd.grad(x[0].sum() + x[1].sum(), (q, k, v)) for x in (found, expected)]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_function_under_fake_tensors(qkv):
+    with FakeTensorMode() as mode:
+        out, lse, *_ = ops._flash_attn_forward(*(mode.from_tensor(x) for x in qkv))
+    assert (out.shape, lse.shape) == ((2, 20, 4, 128), (2, 4, 20))
+
+
+# -- operators that are not available yet ----------------------------------------------------------------------------
+
+UNAVAILABLE_OPERATORS = {
+    "fwd_combine": """flash_attn_3::fwd_combine(
+        Tensor out_partial, Tensor lse_partial, Tensor(out!)? out=None, ScalarType? out_dtype=None
+    ) -> (Tensor(out!), Tensor)""",
+    "get_scheduler_metadata": """flash_attn_3::get_scheduler_metadata(
+        int batch_size, int max_seqlen_q, int max_seqlen_k, int num_heads, int num_heads_k, int headdim, int headdim_v,
+        ScalarType qkv_dtype, Tensor seqused_k, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,
+        Tensor? cu_seqlens_k_new=None, Tensor? seqused_q=None, Tensor? leftpad_k=None, int? page_size=None,
+        int max_seqlen_k_new=0, bool is_causal=False, int window_size_left=-1, int window_size_right=-1,
+        int attention_chunk=0, bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, int sm_margin=0
+    ) -> Tensor""",
+}
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE_OPERATORS)
+def test_schemas_of_operators_not_available_yet(name):
+    schema = getattr(NAMESPACE, name).default._schema
+    assert schema.is_backward_compatible_with(parse_schema(UNAVAILABLE_OPERATORS[name]))
+    found = [argument.name for argument in schema.arguments]
+    assert found == [argument.name for argument in parse_schema(UNAVAILABLE_OPERATORS[name]).arguments]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_operators_not_available_yet(device, requires_grad):
+    partial = torch.zeros(2, 1, 1, 1, 64, device=device).requires_grad_(requires_grad)
+    with pytest.raises(NotImplementedError, match=r"torch\.ops\.flash_attn_3\.fwd_combine is not available yet"):
+        NAMESPACE.fwd_combine(partial, partial[..., 0])
+    lengths = torch.ones(1, dtype=torch.int32, device=device)
+    with pytest.raises(NotImplementedError, match=r"flash_attn_3\.get_scheduler_metadata is not available yet"):
+        NAMESPACE.get_scheduler_metadata(1, 1, 1, 1, 1, 64, 64, torch.bfloat16, lengths, is_causal=True)

@@ -85,9 +85,6 @@ TENSOR_RULES = {
     ),
     "k_dtype": dense_rule(TypeError, ["k: ", "float16", "q's", "bfloat16"], k=zeros(2, 12, 2, 64, dtype=FP16)),
     "v_dtype": dense_rule(TypeError, ["v: ", "float16", "q's", "bfloat16"], v=zeros(2, 12, 2, 64, dtype=FP16)),
-    "q_meta": dense_rule(
-        ValueError, ["q: ", "meta", "CUDA", "CPU"], q=torch.empty(2, 8, 4, 64, dtype=BF16, device="meta")
-    ),
     "k_device": dense_rule(
         ValueError, ["k: ", "meta", "q's device, cpu"], k=torch.empty(2, 12, 2, 64, dtype=BF16, device="meta")
     ),
@@ -193,6 +190,7 @@ VARLEN_RULES = {
 }
 for _side in ("q", "k"):
     _column, _strided = int32(0, 8, 16)[:, None], int32(0, 0, 8, 8, 16, 16)[::2]
+    _even = int32(0, 8, 16)
     _cu, _used, _longest = f"cu_seqlens_{_side}", f"seqused_{_side}", f"max_seqlen_{_side}"
     VARLEN_RULES |= {
         f"{_cu}_list": varlen_rule(TypeError, [f"{_cu}: ", "list", "torch.Tensor"], **{_cu: [0, 8, 16]}),
@@ -207,6 +205,16 @@ for _side in ("q", "k"):
         ),
         f"{_cu}_negative": varlen_rule(
             ValueError, [f"{_cu}: ", "from -1 to 16", f"the rows of {_side}"], **{_cu: int32(-1, 8, 16)}
+        ),
+        f"{_cu}_decreasing": varlen_rule(
+            ValueError, [f"{_cu}: ", "8 after 12", "never decrease"], **{_cu: int32(0, 12, 8)}, **{_longest: 24}
+        ),
+        f"{_longest}_too_short": varlen_rule(
+            ValueError, [f"{_longest}: ", "got 7", "at least 8", "longest sequence"], **{_cu: _even, _longest: 7}
+        ),
+        f"{_longest}_0": varlen_rule(ValueError, [f"{_longest}: ", "got 0", "at least 8"], **{_cu: _even, _longest: 0}),
+        f"{_longest}_shorter_than_used": varlen_rule(
+            ValueError, [f"{_longest}: ", "got 5", "at least 6"], **{_cu: _even, _used: int32(3, 6), _longest: 5}
         ),
         f"{_cu}_strided": varlen_rule(ValueError, [f"{_cu}: ", "(2,)", "contiguous"], **{_cu: _strided}),
         f"{_cu}_device": varlen_rule(ValueError, [f"{_cu}: ", "meta", "cpu"], **{_cu: int32(0, 8, 16).to("meta")}),
@@ -371,6 +379,29 @@ def test_what_no_rule_forbids(change):
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(8, 8), (64, 8), (8, 512), (136, 104), (192, 128), (256, 256)])
 def test_allowed_head_dims(head_dim, head_dim_v):
     assert flash_attn_func(**head_dims(head_dim, head_dim_v)).shape == (2, 8, 4, head_dim_v)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("seqused", [[5, 3], [5, -1], [0, 5]], ids=str)
+def test_max_seqlen_counts_the_rows_that_take_part(seqused, side):
+    """Segments of 8 or 12 rows, of which at most 5 are used."""
+    call = packed() | {f"seqused_{side}": int32(*seqused)}
+    expected = varlen(**call)
+    taking_part = [slice(begin, begin + max(0, used)) for begin, used in zip((0, 8), seqused, strict=True)]
+    rows = taking_part if side == "q" else [slice(None)]
+    found = varlen(**call | {f"max_seqlen_{side}": 5})
+    assert all(torch.equal(found[x], expected[x]) for x in rows)
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_seqlen_q": 7}, {"max_seqlen_k": 0}, {"cu_seqlens_q": int32(0, 12, 8)}], ids=str
+)
+def test_the_backward_pass_checks_index_values(change):
+    call = packed()
+    q, k, v = (call.pop(name) for name in "qkv")
+    out, lse = varlen(q=q, k=k, v=v, **call, return_attn_probs=True)
+    with pytest.raises(ValueError, match=f"^{next(iter(change))}: got"):
+        torch.ops.flash_attn_3.bwd(torch.ones_like(out), q, k, v, out, lse, dq=torch.empty_like(q), **call | change)
 
 
 def test_max_seqlen_is_read_only_with_cu_seqlens():

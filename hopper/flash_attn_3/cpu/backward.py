@@ -55,13 +55,15 @@ class BackwardTensors:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def backward(
     plan: BackwardPlan, problem: BackwardProblem, tensors: BackwardTensors, softmax_scale: float, softcap: float
 ) -> None:
     """Gradients of attention on CPU tensors; writes statistics, dq, dk and dv in place, every element.
 
     Rows that do not exist (past seqused, or outside every segment) have gradient 0, and what the other tensors hold
-    there is not read. Rows that exist and see nothing, or that nothing sees, have gradient 0, too.
+    there is not read. Rows that exist and see nothing, or that nothing sees, have gradient 0, too;
+    their dout is read, and must be finite.
 
     Tensors in float64 are computed in float64 throughout; nothing is rounded then.
     """

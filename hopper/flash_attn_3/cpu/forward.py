@@ -19,6 +19,7 @@ from .softmax import NEG_INF, OnlineSoftmax
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def forward(
     plan: ForwardPlan,
     problem: ForwardProblem,

@@ -18,7 +18,8 @@ def row_statistics(
     softmax_d = sum(dout * out) - dlse is what the gradients of a row's probabilities have in common: the normalisation
     takes the first part away from each of them, and the log-sum-exp adds its own gradient to each. lse_log2 is the
     log-sum-exp in base 2, with +inf in place of -inf, so that every probability of a row without a key is
-    exp2(score - inf) = 0. Such a row has softmax_d 0, whatever its gradients are: its results are constants.
+    exp2(score - inf) = 0. Such a row has softmax_d 0, whatever its dlse is, NaN too: its results are constants. But its
+    dout must be finite: the products that make dk and dv multiply it by these zeros.
     """
     accumulate = torch.promote_types(dout.dtype, torch.float32)
     softmax_d = (dout.to(accumulate) * out.to(accumulate)).sum(-1).transpose(1, 2)
