@@ -166,6 +166,8 @@ def install(folder: Path, num_sms: int = NUM_SMS, runtime_library: Path | None =
     launch._cpu_forward = launch._cuda_forward
     launch._new_promoted_out = _new_promoted_out
     backward_launch._cpu_backward = backward_launch.cuda_backward
+    # Nobody reads the values of index tensors on a GPU.
+    launch._checked = backward_launch._checked = lambda call, run: run
     return emulator
 
 

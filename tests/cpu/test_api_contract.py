@@ -176,7 +176,8 @@ def test_returns_of_varlen():
     assert (out.shape, lse.shape, lse.dtype) == ((10, 4, 64), (4, 10), torch.float32)
     dense, dense_lse = flash_attn_func(*(x.unflatten(0, (2, -1)) for x in (q, k, v)), return_attn_probs=True)
     assert torch.equal(out, dense.flatten(0, 1))
-    assert torch.equal(lse, dense_lse.transpose(0, 1).flatten(1, 2))
+    # Matrix products of other shapes may add up in another order.
+    torch.testing.assert_close(lse, dense_lse.transpose(0, 1).flatten(1, 2))
 
 
 def test_autograd_functions_take_the_arguments_of_flash_attention_3():
