@@ -4,6 +4,8 @@ python -m benchmarks.models accumulator    # what a truncating accumulator makes
 python -m benchmarks.models balance        # how evenly launches end whose tiles differ
 python -m benchmarks.models blocks         # what is computed for nothing at the edges of masks
 python -m benchmarks.models key_tiles      # memory traffic and waiting in the backward pass; 30 s
+python -m benchmarks.models limits         # which unit limits a block of keys
+python -m benchmarks.models varlen         # what the order of sequences of different lengths saves and costs
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from benchmarks import model_problems
+from benchmarks import limits, model_problems, varlen_order
 from benchmarks.key_tiles import Launch, simulate
 from benchmarks.model_problems import CAUSAL, model_problem, sections
 from flash_attn_3.backward_config import Accumulation
 from flash_attn_3.block_range import block_range, row_keys
 from flash_attn_3.config import WARPGROUP_ROWS, ForwardConfig, Mask
-from flash_attn_3.heuristics import ForwardPlan, plan_forward
+from flash_attn_3.heuristics import MAX_VALUE_TILE, ForwardPlan, plan_forward
 from flash_attn_3.problem import HOPPER_SMS, MaskSpec
 
 HEAD_DIM, ROWS, MMA_DEPTH = 64, 8, 16
@@ -175,11 +177,27 @@ def print_key_tiles() -> None:
         print(f"{head_dim}, {mask.mask.slug}, {seqlen}: {shown}")
 
 
+def print_limits() -> None:
+    print("| head dim | tile | tensor cores | exponentials | shared memory | issue slots |")
+    for tile in limits.TILES:
+        print(limits.table_row(*tile, MAX_VALUE_TILE))
+
+
+def print_varlen() -> None:
+    print("us as given; every 32 sequences sorted; by classes of lengths, too; all sorted, at no cost")
+    orders = varlen_order.as_given, varlen_order.by_groups, varlen_order.by_classes, varlen_order.all_sorted
+    for batch in varlen_order.batches():
+        shown = "; ".join(f"{varlen_order.microseconds(batch, order):.0f}" for order in orders)
+        print(f"{batch.name}: {shown}")
+
+
 MODELS = {
     "accumulator": print_accumulator,
     "balance": print_balance,
     "blocks": print_pairs,
     "key_tiles": print_key_tiles,
+    "limits": print_limits,
+    "varlen": print_varlen,
 }
 
 

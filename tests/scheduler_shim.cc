@@ -17,7 +17,7 @@
 // These have twins in tests/cpu/test_scheduler.py.
 struct Problem {
   int32_t batch, heads_q, packed_heads_log2, num_value_passes, heads_per_section, least_heads_in_last_section, seqlen_q,
-      seqlen_k;
+      seqlen_k, window_left, window_right, attention_chunk;
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 };
 
@@ -81,7 +81,7 @@ std::string run_traits(const fa::ForwardParams& params, int num_ctas, const std:
   const unsigned ctas = unsigned(num_ctas);
   return grid.run({ctas, /*cluster=*/1, fa::kWarpThreads, /*shared_bytes=*/0, /*seed=*/0, ctas, nullptr, 0}, [&] {
     const int cta = blockIdx.x;
-    fa::Scheduler<Traits> scheduler;
+    fa::Scheduler<Traits> scheduler(params);
     size_t count = 0;
     for (;; ++count) {
       const fa::ScheduledTile tile = scheduler.next(params);
@@ -148,6 +148,9 @@ extern "C" const char* launch(fa::Mask mask, fa::SeqLayout layout, const Problem
   params.least_heads_in_last_section = problem->least_heads_in_last_section;
   params.seqlen_q = problem->seqlen_q;
   params.seqlen_k = problem->seqlen_k;
+  params.window_left = problem->window_left;
+  params.window_right = problem->window_right;
+  params.attention_chunk = problem->attention_chunk;
 
   static std::string error;
   const std::vector<uint8_t> order(turns, turns + num_turns);

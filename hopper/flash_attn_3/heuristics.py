@@ -19,6 +19,9 @@ MAX_TILES = 2**31 - 2**16
 MAX_PACKED_HEADS_LOG2 = WARPGROUP_ROWS.bit_length() - 1
 #: Heads are packed where their tiles are filled less than this share of what packed ones are.
 LEAST_FILLED_UNPACKED = 0.9
+#: Multiprocessors work in clusters where such a share of them has query rows to work on; sharing keys gains little more
+#: than the rest loses.
+LEAST_USED_IN_CLUSTERS = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +78,41 @@ def forward_config(problem: ForwardProblem) -> ForwardConfig:
 def forward_configs(problem: ForwardProblem) -> list[ForwardConfig]:
     """The kernels for problems that differ from this one in the number and length of the query sequences alone."""
     tiles = [choice.tile for choice in forward_tiles().choices[tile_key(problem)]]
-    return [_config(problem, tile) for tile in dict.fromkeys([*tiles, *(tile.of_one_warpgroup() for tile in tiles)])]
+    if problem.seq_layout is SeqLayout.VARLEN:
+        tiles = [tile.of_one_cta() for tile in tiles]
+    variants = [*tiles, *(tile.of_one_cta() for tile in tiles), *(tile.of_one_warpgroup() for tile in tiles)]
+    return [_config(problem, tile) for tile in dict.fromkeys(variants)]
 
 
 def _choice(problem: ForwardProblem) -> TileChoice:
-    """The table's choice; or tiles of one warpgroup, where all of them find a multiprocessor: then more of those work,
-    on less each. Rows' results are the same."""
+    """The table's choice, or what suits the number and length of the query sequences better. Rows' results are the
+    same."""
     choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
-    low = dataclasses.replace(choice, tile=choice.tile.of_one_warpgroup())
-    return low if 0 < _tiles(problem, _config(problem, low.tile)).count <= problem.num_sms else choice
+    tile = choice.tile
+    if _one_warpgroup_suits(problem, tile):
+        tile = tile.of_one_warpgroup()
+    elif not _clusters_suit(problem, tile):
+        tile = tile.of_one_cta()
+    return dataclasses.replace(choice, tile=tile)
+
+
+def _one_warpgroup_suits(problem: ForwardProblem, tile: ForwardTile) -> bool:
+    """Where all of its tiles find a multiprocessor, more of those work, on less each; and where there are no more of
+    them than of the table's tiles, these have rows for one of their warpgroups only."""
+    high, low = (_tiles(problem, _config(problem, tile)).count for tile in (tile, tile.of_one_warpgroup()))
+    return 0 < low <= max(problem.num_sms, high)
+
+
+def _clusters_suit(problem: ForwardProblem, tile: ForwardTile) -> bool:
+    """Not where lengths differ: tiles are dealt out to clusters in turn, whichever is free. Nor where many CTAs have no
+    rows, or many multiprocessors no CTA: in a cluster that goes past the last query block, or beside the last one."""
+    size = tile.cluster_size
+    if problem.seq_layout is SeqLayout.VARLEN or problem.num_sms < size:
+        return False
+    m_blocks = max(1, _tiles(problem, _config(problem, tile)).m_blocks)
+    with_rows = m_blocks / (-(-m_blocks // size) * size)
+    with_ctas = problem.num_sms // size * size / problem.num_sms
+    return with_rows * with_ctas >= LEAST_USED_IN_CLUSTERS
 
 
 def _config(problem: ForwardProblem, tile: ForwardTile) -> ForwardConfig:

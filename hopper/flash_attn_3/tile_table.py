@@ -58,8 +58,12 @@ class ForwardTile:
         """The tunable part of a configuration."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
+    def of_one_cta(self) -> ForwardTile:
+        """The tile without a cluster."""
+        return dataclasses.replace(self, cluster_size=1)
+
     def of_one_warpgroup(self) -> ForwardTile:
-        """The tile with as few rows as there can be, for launches of so few tiles that multiprocessors would idle."""
+        """The tile with as few rows as there can be, for launches of so few rows that others would idle."""
         return dataclasses.replace(self, block_m=WARPGROUP_ROWS, schedule=Schedule.INTRA_WARPGROUP, cluster_size=1)
 
 

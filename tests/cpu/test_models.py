@@ -3,17 +3,21 @@
 import ctypes
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
-from benchmarks import key_tiles, model_problems, models
+from benchmarks import key_tiles, limits, model_problems, models, varlen_order
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scheduler import Problem, Side
 
 import host_headers
 from flash_attn_3.backward_config import Accumulation, DqPath
-from flash_attn_3.config import PROMOTION_KEYS, Mask
+from flash_attn_3.config import PROMOTION_KEYS, Mask, SeqLayout
+from flash_attn_3.heuristics import MAX_VALUE_TILE
 from flash_attn_3.problem import UNLIMITED, MaskSpec
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 #: bfloat16 rounds to this, relatively.
 BF16_ROUNDING = 2.0**-9
 
@@ -151,3 +155,31 @@ def test_causal_launches_keep_all_multiprocessors_busy(head_dim, seqlen):
         return position.m_block
 
     assert models.occupancy(head_dim, seqlen, map(m_block, range(num_m_blocks * num_heads))) >= 0.96
+
+
+def test_the_readme_has_the_limits_of_each_tile():
+    lines = (REPOSITORY / "csrc" / "kernels" / "README.md").read_text().splitlines()
+    rows = [limits.table_row(*tile, MAX_VALUE_TILE) for tile in limits.TILES]
+    begin = lines.index(rows[0])
+    assert lines[begin : begin + len(rows) + 1] == [*rows, ""]
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.one_of(st.integers(0, 3000), st.integers(0, 2**17))), max_size=150))
+def test_sequences_are_handed_out_as_the_kernels_do(lengths):
+    """By the model of the scheduler's tests, which is held against the kernels' header."""
+    lens_q, lens_k = (tuple(length[i] for length in lengths) for i in (0, 1))
+    q, k = (Side(max(lens, default=0), lens) for lens in (lens_q, lens_k))
+    problem = Problem(Mask.FULL, SeqLayout.VARLEN, len(lengths), 1, 0, 1, 1, 0, q, k)
+    handed = dict.fromkeys(batch for batch, _, _ in problem.tiles())
+    modelled = [b for b, _ in varlen_order.by_classes(varlen_order.Batch("", lengths))]
+    assert sorted(modelled) == list(range(len(lengths)))
+    assert [b for b in modelled if b in handed] == list(handed)
+
+
+def test_a_long_sequence_at_the_end_need_not_be_waited_for():
+    lengths = [(128, 1000)] * 1000 + [(128, 2**17)]
+    batch = varlen_order.Batch("", lengths)
+    alone = varlen_order.microseconds(varlen_order.Batch("", lengths[-1:]), varlen_order.by_groups)
+    others = varlen_order.microseconds(varlen_order.Batch("", lengths[:-1]), varlen_order.by_groups)
+    assert varlen_order.microseconds(batch, varlen_order.by_groups) > 0.95 * (alone + others)
+    assert varlen_order.microseconds(batch, varlen_order.by_classes) < 1.05 * max(alone, others)

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flash_attn_3 import heuristics
 from flash_attn_3.config import Dtype, Mask, Schedule, Score, SeqLayout
 from flash_attn_3.heuristics import MAX_TILES, forward_config, head_dim_tiles, plan_choice, plan_forward, tile_key
 from flash_attn_3.problem import MAX_SEQLEN, UNLIMITED, ForwardProblem, MaskSpec, Packing, normalize_mask
-from flash_attn_3.tile_table import forward_tiles
+from flash_attn_3.tile_table import TileTable, forward_tiles
 from reference import AttentionOptions, visible_pairs
 
 LENGTHS = st.integers(0, 40)
@@ -209,6 +210,103 @@ def test_tiles_of_one_warpgroup_where_all_find_a_multiprocessor(head_dim, seqlen
     plan = plan_forward(problem)
     assert plan.config.block_m == (rows or forward_tiles().choice(tile_key(problem), seqlen_q).tile.block_m)
     assert plan.num_ctas == -(-seqlen_q // plan.config.block_m) * 16
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("seqlen_q", "group", "rows"),
+    [
+        (64, 1, 64),
+        (65, 1, None),
+        (1, 8, 64),
+        (8, 8, 64),  # a full warpgroup of packed heads
+        (9, 8, None),
+        (64, 8, None),  # two heads to a tile: their keys are loaded once
+    ],
+)
+@pytest.mark.parametrize("layout", SeqLayout)
+def test_tiles_of_one_warpgroup_where_others_would_have_rows_for_one(head_dim, seqlen_q, group, rows, layout):
+    """However many there are."""
+    problem = ForwardProblem(
+        *(Dtype.BF16, 1000, seqlen_q, 8192, 2 * group, 2, head_dim, head_dim),
+        *(MaskSpec(Mask.FULL), Score.SCALED, layout, 132),
+    )
+    table_rows = forward_tiles().choice(tile_key(problem), seqlen_q).tile.block_m
+    assert plan_forward(problem).config.block_m == (rows or table_rows)
+
+
+@given(problems())
+def test_tiles_of_one_warpgroup_are_no_more_than_multiprocessors_or_other_tiles(problem):
+    """Or their keys would be loaded more often."""
+    plan = plan_forward(problem)
+    choice = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q)
+    if plan.config.block_m == choice.tile.block_m:
+        return
+    counts = []
+    for log2_heads, block_m in [
+        (plan.packed_heads_log2, 64),
+        (plan_choice(problem, choice).packed_heads_log2, choice.tile.block_m),
+    ]:
+        m_blocks = math.ceil((problem.max_seqlen_q << log2_heads) / block_m)
+        counts.append(m_blocks * problem.batch * (problem.heads_q >> log2_heads) * plan.num_value_passes)
+    assert 0 < counts[0] <= max(problem.num_sms, counts[1])
+
+
+@pytest.fixture
+def clusters_everywhere(monkeypatch):
+    """The tuner may come to choose them for all full masks whose keys and values have several column chunks."""
+    table = forward_tiles()
+    choices = {
+        key: tuple(
+            dataclasses.replace(choice, tile=dataclasses.replace(choice.tile, cluster_size=2))
+            if key.mask is Mask.FULL and min(key.head_dim, key.head_dim_v) >= 128
+            else choice
+            for choice in group
+        )
+        for key, group in table.choices.items()
+    }
+    clustered = TileTable((), choices)
+    clustered.check()
+    monkeypatch.setattr(heuristics, "forward_tiles", lambda: clustered)
+    plan_forward.cache_clear()
+    yield
+    plan_forward.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "batch", "num_sms", "layout", "size"),
+    [
+        (8192, 4, 132, SeqLayout.DENSE, 2),
+        (256, 64, 132, SeqLayout.DENSE, 2),
+        (8192, 4, 132, SeqLayout.VARLEN, 1),
+        (1, 64, 132, SeqLayout.DENSE, 1),
+        (128, 64, 132, SeqLayout.DENSE, 1),  # one query block
+        (384, 64, 132, SeqLayout.DENSE, 1),  # three, and one without rows
+        (31 * 128, 64, 132, SeqLayout.DENSE, 1),
+        (33 * 128, 64, 132, SeqLayout.DENSE, 2),
+        (8192, 4, 131, SeqLayout.DENSE, 2),
+        (8192, 4, 3, SeqLayout.DENSE, 1),
+        (8192, 4, 1, SeqLayout.DENSE, 1),
+    ],
+)
+def test_clusters_where_nearly_all_of_their_ctas_have_rows(clusters_everywhere, seqlen_q, batch, num_sms, layout, size):
+    problem = ForwardProblem(
+        *(Dtype.BF16, batch, seqlen_q, 8192, 32, 32, 128, 128),
+        *(MaskSpec(Mask.FULL), Score.SCALED, layout, num_sms),
+    )
+    plan = plan_forward(problem)
+    assert plan.config.cluster_size == size
+    assert plan.num_ctas <= num_sms
+
+
+@given(problem=problems())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_can_be_chosen_is_listed(clusters_everywhere, problem):
+    listed = heuristics.forward_configs(problem)
+    assert forward_config(problem) in listed
+    assert len(listed) == len(set(listed))
+    if problem.seq_layout is SeqLayout.VARLEN:
+        assert {config.cluster_size for config in listed} == {1}
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

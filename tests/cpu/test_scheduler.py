@@ -19,8 +19,10 @@ from flash_attn_3.heuristics import MAX_TILES
 #: Around one and two scans of 32 sequences.
 BATCHES = (0, 1, 2, 31, 32, 33, 64, 65, 100)
 MAX_LENGTH = 18
-#: Enough that sequences are told apart by their keys, 16 of which are one to the scheduler.
-MAX_KEYS = 90
+#: Enough that sequences are told apart by their keys, 16 of which are one to the scheduler; and that they make classes.
+KEYS = st.one_of(st.integers(0, 90), st.integers(900, 10**5))
+#: Octaves of lengths beside the longest that are classes of their own, unless they hold so few keys.
+OTHER_CLASSES, FEW_KEYS = 4, 1024
 INT32_MAX = 2**31 - 1
 
 INT32_POINTER = ctypes.POINTER(ctypes.c_int32)
@@ -46,6 +48,7 @@ class ShimProblem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "heads_q", "packed_heads_log2")),
         *((name, ctypes.c_int32) for name in ("num_value_passes", "heads_per_section", "least_last")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k")),
+        *((name, ctypes.c_int32) for name in ("window_left", "window_right", "attention_chunk")),
         *((name, INT32_POINTER) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")),
     )
 
@@ -84,6 +87,8 @@ class Problem:
     least_last: int
     q: Side
     k: Side
+    window: tuple[int, int] = (-1, -1)
+    attention_chunk: int = 0
 
     def tiles(self) -> list[Tile]:
         """Every tile, in the order of schedule.h: numbered over the whole batch, or sequence by sequence."""
@@ -98,14 +103,32 @@ class Problem:
             return [(triple // heads, m_block, triple % heads) for m_block, triple in order]
         tiles = []
         lens_q, lens_k = self.q.lengths(self.batch), self.k.lengths(self.batch)
-        # Of every 32 sequences those with the most keys come first, as far as 16 keys tell.
-        for batch in sorted(range(self.batch), key=lambda b: (b // 32, -(lens_k[b] // 16), b)):
+        keys = [self.visible_keys(length) for length in lens_k]
+        classes = self.length_classes(keys)
+        # Of a class, of every 32 sequences those with the most keys come first, as far as 16 keys tell.
+        for batch in sorted(range(self.batch), key=lambda b: (-classes[b], b // 32, -(keys[b] // 16), b)):
             len_q, len_k = lens_q[batch], lens_k[batch]
             # As many heads as have the keys of heads_per_section longest sequences.
             section = self.heads_per_section * max(1, self.k.seqlen) // max(1, len_k)
             order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)), 0)
             tiles += [(batch, m_block, head) for m_block, head in order]
         return tiles
+
+    def visible_keys(self, length: int) -> int:
+        """Of a sequence of so many keys, how many a row sees at most."""
+        limits = [length]
+        if self.mask is Mask.LOCAL:
+            limits += [sum(self.window) + 1] if min(self.window) >= 0 else []
+            limits += [self.attention_chunk] if self.attention_chunk > 0 else []
+        return min(limits)
+
+    def length_classes(self, keys: Sequence[int]) -> list[int]:
+        """Of each sequence: its octave, but what is far shorter than the longest, or short, is one class."""
+        few = octave(max(FEW_KEYS, self.batch))
+        if self.batch <= 32 or octave(self.visible_keys(self.k.seqlen)) <= few:
+            return [0] * len(keys)
+        last = max(few, max(map(octave, keys)) - OTHER_CLASSES)
+        return [max(last, octave(n)) for n in keys]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +137,10 @@ class Launch:
 
     num_ctas: int
     turns: bytes = b"\0"
+
+
+def octave(length: int) -> int:
+    return max(1, length).bit_length() - 1
 
 
 def section_bounds(num_heads: int, heads_per_section: int, least_last: int) -> list[int]:
@@ -160,7 +187,8 @@ def launch_grid(problem: Problem, launch: Launch, counter: TileCounter, max_tile
     arguments = ShimProblem(
         *(problem.batch, problem.head_groups << problem.packed_heads_log2, problem.packed_heads_log2),
         *(problem.num_value_passes, problem.heads_per_section, problem.least_last),
-        *(problem.q.seqlen, problem.k.seqlen, *map(int32_array, index_arrays)),
+        *(problem.q.seqlen, problem.k.seqlen, *problem.window, problem.attention_chunk),
+        *map(int32_array, index_arrays),
     )
     handed = (HandedTile * max_tiles)()
     num_handed = ctypes.c_int32()
@@ -255,7 +283,9 @@ def problems(layout: SeqLayout, batch: int, q: Side, k: Side) -> st.SearchStrate
     # Groups of packed heads, log2 of those in a group, value passes, heads in a section, in the last one at least.
     numbers = (st.integers(*ends) for ends in ((1, 3), (0, 2), (1, 3), (1, 8), (0, 12)))
     fixed = map(st.just, (layout, batch))
-    return st.builds(Problem, st.sampled_from(Mask), *fixed, *numbers, st.just(q), st.just(k))
+    window = st.tuples(*[st.one_of(st.just(-1), st.integers(0, 10**4))] * 2)
+    chunk = st.one_of(st.just(0), st.integers(1, 10**4))
+    return st.builds(Problem, st.sampled_from(Mask), *fixed, *numbers, st.just(q), st.just(k), window, chunk)
 
 
 @st.composite
@@ -266,9 +296,8 @@ def dense_problems(draw: st.DrawFn) -> Problem:
 
 
 @st.composite
-def sides(draw: st.DrawFn, batch: int, max_length: int) -> Side:
+def sides(draw: st.DrawFn, batch: int, lengths: st.SearchStrategy[int]) -> Side:
     """Packed or dense, with or without seqused, with runs of equal lengths longer than one and two scans."""
-    lengths = st.one_of(st.just(0), st.integers(1, max_length))
     segments = None
     if draw(st.booleans()):
         segments = []
@@ -277,7 +306,7 @@ def sides(draw: st.DrawFn, batch: int, max_length: int) -> Side:
         segments = tuple(segments[:batch])
     used = None
     if draw(st.booleans()):
-        pattern = draw(st.lists(st.integers(-2, max_length + 5), min_size=1, max_size=7))
+        pattern = draw(st.lists(st.one_of(st.integers(-2, 5), lengths), min_size=1, max_size=7))
         used = tuple(itertools.islice(itertools.cycle(pattern), batch))
     return Side(draw(lengths), segments, used)
 
@@ -285,18 +314,23 @@ def sides(draw: st.DrawFn, batch: int, max_length: int) -> Side:
 @st.composite
 def varlen_problems(draw: st.DrawFn) -> Problem:
     batch = draw(st.one_of(st.sampled_from(BATCHES), st.integers(0, 6)))
-    q, k = draw(sides(batch, MAX_LENGTH)), draw(sides(batch, MAX_KEYS))
+    q, k = draw(sides(batch, st.integers(0, MAX_LENGTH))), draw(sides(batch, KEYS))
     if k.segments is not None and draw(st.booleans()):
         # A caller's max_seqlen_k may be far above the longest sequence.
         k = dataclasses.replace(k, seqlen=draw(st.integers(10**6, INT32_MAX)))
     return draw(problems(SeqLayout.VARLEN, batch, q, k))
 
 
-def varlen_problem(*segments: int, mask: Mask = Mask.CAUSAL) -> Problem:
-    side = Side(max(segments, default=0), segments)
-    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, 0, side, side)
+def varlen_problem(*segments: int, mask: Mask = Mask.CAUSAL, keys: Sequence[int] | None = None) -> Problem:
+    """`keys`: of each sequence, if not as many as queries."""
+    q, k = (Side(max(lengths, default=0), tuple(lengths)) for lengths in (segments, keys or segments))
+    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, 0, q, k)
 
 
+#: Lengths of many octaves, most of them beyond a window.
+LOCAL_PROBLEM = dataclasses.replace(
+    varlen_problem(*[1] * 50, mask=Mask.LOCAL, keys=[2 ** (b % 18) for b in range(50)]), window=(5000, 100)
+)
 TWO_LAUNCHES = [Launch(3, b"\0\1\2\2"), Launch(5)]
 
 
@@ -315,6 +349,10 @@ def test_dense_tiles_are_handed_out_once(problem, launches):
 @example(varlen_problem(9, *[0] * 70, 5, 17), TWO_LAUNCHES)
 @example(varlen_problem(9, 5, *[0] * 70), TWO_LAUNCHES)
 @example(varlen_problem(*[0] * 31, 9, 5, *[0] * 31), TWO_LAUNCHES)
+@example(varlen_problem(*[1] * 70, keys=[2 ** (b % 18) for b in range(70)]), TWO_LAUNCHES)
+@example(LOCAL_PROBLEM, TWO_LAUNCHES)
+@example(dataclasses.replace(LOCAL_PROBLEM, attention_chunk=2500), TWO_LAUNCHES)
+@example(dataclasses.replace(LOCAL_PROBLEM, window=(-1, 0)), TWO_LAUNCHES)
 def test_varlen_tiles_are_handed_out_once(problem, launches):
     """I5: more sequences than one scan covers. L6: nothing behind the index arrays is read (it would be a fault)."""
     check_launches(problem, launches)
@@ -325,6 +363,21 @@ def test_varlen_tiles_are_handed_out_once(problem, launches):
 def test_every_scan_boundary(batch, mask):
     """I5, L6: sequences of different lengths up to the end of each scan."""
     check_launches(varlen_problem(*(1 + b % MAX_LENGTH for b in range(batch)), mask=mask), TWO_LAUNCHES)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.one_of(KEYS, st.integers(1, 2**24)), min_size=33, max_size=100))
+@example([1000] * 32 + [131072])
+@example([10] * 40 + [2047] * 30 + [2048])
+@example([2**17 - 1, 2**17] * 30 + [2**29])
+def test_no_sequence_is_left_behind_much_shorter_ones(keys):
+    """Of any batch: unless it has less than an eighth of the most keys, or so few that its tiles end soon."""
+    handed = launch_grid(varlen_problem(*[1] * len(keys), keys=keys), Launch(1), TileCounter(0, 0), 2 * len(keys))
+    shortest_before = max(keys)
+    for _, (batch, _, _) in handed:
+        is_short = keys[batch] < max(max(keys) / 8, 2 * max(FEW_KEYS, len(keys)))
+        assert is_short or keys[batch] < 2 * shortest_before
+        shortest_before = min(shortest_before, max(1, keys[batch]))
 
 
 @settings(max_examples=200)

@@ -5,11 +5,11 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flash_attn_3 import heuristics, tile_table
-from flash_attn_3.config import Dtype, ForwardConfig, Mask, Score, SeqLayout
+from flash_attn_3.config import WARPGROUP_ROWS, Dtype, ForwardConfig, Mask, Score, SeqLayout
 from flash_attn_3.problem import MAX_SEQLEN, ForwardProblem, MaskSpec
 from flash_attn_3.tile_table import TABLE_FILE, ForwardTile, TileChoice, TileKey, TileTable, TileTableError
 
@@ -79,10 +79,11 @@ def test_each_length_has_the_choice_of_its_class(table, data):
 
 @given(tables(), st.data())
 def test_the_planner_takes_the_class_of_the_longest_query(table, data):
-    """Where there are more tiles than multiprocessors."""
+    """Where there are more tiles than multiprocessors, and more rows in them than one warpgroup's."""
     key = data.draw(st.sampled_from(list(table.choices)))
     longest = [choice.max_seqlen_q or MAX_SEQLEN for choice in table.choices[key]]
     seqlen = data.draw(st.sampled_from(longest) | st.integers(0, MAX_SEQLEN))
+    assume(seqlen == 0 or seqlen > WARPGROUP_ROWS)
     problem = ForwardProblem(
         Dtype.BF16, 2, seqlen, 4096, 4, 4, key.head_dim, key.head_dim_v, MaskSpec(key.mask), key.score,
         SeqLayout.DENSE, 4,

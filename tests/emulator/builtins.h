@@ -72,6 +72,7 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline void __syncwarp() { emulator::meet(~0u, emulator::Collective::kSync, 0); }
 
 inline int __ffs(int value) { return ffs(value); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(unsigned(value)); }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;

@@ -3,6 +3,7 @@
 
 #include "block_range.h"
 #include "enums.h"
+#include "length_classes.cuh"
 #include "packing.h"
 #include "schedule.h"
 #include "seqlen.h"
@@ -44,7 +45,8 @@ class TileQueue<1> {
 };
 
 // The CTAs of a cluster must work on the same keys, so that they take the same number: each cluster one out of as many
-// as there are clusters. Only tiles that take equally long (Mask::kFull) come here.
+// as there are clusters, whether it is free or not. That serves tiles that take equally long, of Mask::kFull and equal
+// lengths; of variable ones the result would be right, but not in time, and the planner asks for no such kernel.
 template <int kClusterSize>
 class TileQueue {
  public:
@@ -76,6 +78,8 @@ class Scheduler;
 template <class Traits>
 class Scheduler<Traits, SeqLayout::kDense> {
  public:
+  FA_DEVICE explicit Scheduler(const ForwardParams&) {}
+
   // Counts are derived anew each time: the producer has few registers.
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
     const int num_heads = scheduled_heads(params);
@@ -98,18 +102,23 @@ class Scheduler<Traits, SeqLayout::kDense> {
 };
 
 // Lengths known to the device alone: tiles are numbered sequence by sequence, and the warp scans 32 sequences at a
-// time for the one that holds its next index. Indices only grow, so the scan never goes back. Of the 32, those with the
-// most keys come first: their tiles take longest, and none should be left for the end.
+// time for the one that holds its next index. Indices only grow, so the scan never goes back.
+//
+// Tiles of sequences with many keys take longest, and none should be left for the end: of the 32, those with the most
+// keys come first, and a batch of more is gone over once for each class of lengths in it.
 template <class Traits>
 class Scheduler<Traits, SeqLayout::kVarlen> {
  public:
+  FA_DEVICE explicit Scheduler(const ForwardParams& params) : classes_(find_classes(params)) {}
+
+  // One loop, and all that decides on its course known to be the same in the warp: else the producer's counters, too,
+  // would take vector registers, which it does not have.
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
     const int index = queue_.take(params.tile_counter);
     const int lane = threadIdx.x % kWarpThreads;
     const int num_heads = scheduled_heads(params);
-    for (; group_ < params.batch; group_ += kWarpThreads, sequence_ = kNotSorted) {
-      if (sequence_ == kNotSorted) sequence_ = longest_first(params, lane);
-      const int m_blocks = sequence_ < params.batch ? num_m_blocks(params, sequence_) : 0;
+    for (;;) {
+      const int m_blocks = sequence_ == kNone ? 0 : num_m_blocks(params, sequence_);
       const int tiles_up_to = inclusive_scan(m_blocks * num_heads, lane);
       const unsigned ends_after = __ballot_sync(~0u, tiles_before_ + tiles_up_to > index);
       if (ends_after != 0) {
@@ -120,8 +129,16 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
         return {true, batch, position(params, batch, index - owner_begin, owner_blocks)};
       }
       tiles_before_ += __shfl_sync(~0u, tiles_up_to, kWarpThreads - 1);
+      do {
+        group_ += kWarpThreads;
+        if (group_ >= params.batch) {
+          group_ = 0;
+          classes_.drop_first();
+          if (classes_.empty()) return {false, 0, {}};
+        }
+      } while (!classes_.first_holds_all() && __ballot_sync(~0u, is_in_class(params, group_ + lane)) == 0);
+      sequence_ = longest_first(params, lane);
     }
-    return {false, 0, {}};
   }
 
   FA_DEVICE void close(const ForwardParams& params) { Queue::close(params.tile_counter); }
@@ -129,18 +146,53 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
  private:
   using Queue = TileQueue<Traits::kClusterSize>;
 
-  static constexpr int kNotSorted = -1;
+  static constexpr int kNone = -1;
 
-  // The sequence of the group that this lane stands for; params.batch or more: none.
+  // Looks at all lengths, except where they cannot be worth telling apart.
+  FA_DEVICE static LengthClasses find_classes(const ForwardParams& params) {
+    if (params.batch <= kWarpThreads) return {};
+    if (!LengthClasses::can_differ(visible_keys(params, params.seqlen_k), params.batch)) return {};
+    unsigned octaves = 0;
+#pragma unroll 4
+    for (int group = 0; group < params.batch; group += kWarpThreads) {
+      const int sequence = group + int(threadIdx.x % kWarpThreads);
+      if (sequence < params.batch) octaves |= 1u << octave(visible_keys_of(params, sequence));
+    }
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) octaves |= __shfl_xor_sync(~0u, octaves, distance);
+    // All lanes have the same, but the compiler knows it of one lane's alone.
+    return {__shfl_sync(~0u, octaves, 0), params.batch};
+  }
+
+  // Of `length` keys, how many a row sees at most: what a tile's time grows with.
+  FA_DEVICE static int visible_keys(const ForwardParams& params, int length) {
+    if constexpr (Traits::kMask == Mask::kLocal) {
+      if (params.window_left >= 0 && params.window_right >= 0) {
+        length = min_of(length, params.window_left + params.window_right + 1);
+      }
+      if (params.attention_chunk > 0) length = min_of(length, params.attention_chunk);
+    }
+    return length;
+  }
+
+  FA_DEVICE static int visible_keys_of(const ForwardParams& params, int sequence) {
+    return visible_keys(params, key_sequence<SeqLayout::kVarlen>(params, sequence).length);
+  }
+
+  FA_DEVICE bool is_in_class(const ForwardParams& params, int sequence) const {
+    return sequence < params.batch && classes_.first_holds(visible_keys_of(params, sequence));
+  }
+
+  // The sequence that this lane stands for: one of the class out of the group, or kNone.
   FA_DEVICE int longest_first(const ForwardParams& params, int lane) const {
     // 16 keys more or less do not matter; then 5 bits are left for the place in the group, the first one being largest.
     int rank = -1;
     if (group_ + lane < params.batch) {
-      const int length = key_sequence<SeqLayout::kVarlen>(params, group_ + lane).length;
-      rank = length / 16 * kWarpThreads + (kWarpThreads - 1 - lane);
+      const int keys = visible_keys_of(params, group_ + lane);
+      if (classes_.first_holds(keys)) rank = keys / 16 * kWarpThreads + (kWarpThreads - 1 - lane);
     }
     rank = sort_falling(rank, lane);
-    return rank < 0 ? params.batch : group_ + kWarpThreads - 1 - rank % kWarpThreads;
+    return rank < 0 ? kNone : group_ + kWarpThreads - 1 - rank % kWarpThreads;
   }
 
   // Bitonic: runs of 2, 4, ... lanes, every other one rising, are merged.
@@ -181,9 +233,10 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   }
 
   Queue queue_;
-  int group_ = 0;  // first of the 32 sequences under the scan
-  int sequence_ = kNotSorted;
-  int tiles_before_ = 0;  // tiles of all sequences before them
+  LengthClasses classes_;      // the first one is under the scan
+  int group_ = -kWarpThreads;  // first of the 32 sequences under the scan; at first there are none
+  int sequence_ = kNone;       // the one of them that this lane stands for
+  int tiles_before_ = 0;       // tiles of all sequences before them
 };
 
 }  // namespace fa

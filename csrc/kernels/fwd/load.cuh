@@ -21,7 +21,7 @@ class Producer {
   // All lanes follow the tiles, since the scheduler needs them; one issues the copies.
   FA_DEVICE void run() {
     if (leads()) prefetch_descriptors();
-    Scheduler<Traits> scheduler;
+    Scheduler<Traits> scheduler(params_);
     for (;;) {
       const ScheduledTile scheduled = scheduler.next(params_);
       control_.tiles.wait_empty(tile_slot_);
