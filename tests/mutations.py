@@ -66,6 +66,7 @@ FORWARD = [
     (Case(128, **DENSE, window_size=(64, 0)), {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q, "block_n": 48}),
     (Case(96, **DENSE), {"block_m": 192, "block_n": 64, "cluster_size": 2}),
     (Case(128, **DENSE, window_size=(64, 0)), {"schedule": Schedule.INTRA_WARPGROUP, "block_n": 48}),
+    (Case(64, **DENSE, causal=True), {"schedule": Schedule.PING_PONG, "block_n": 80}),
     (Case(64, **DENSE, softmax_scale=20.0), {"rescale": Rescale.ON_OVERFLOW}),  # scores that overflow
     (Case(72, **VARLEN, causal=True), {}),
     (Case(256, **DENSE, causal=True), {}),

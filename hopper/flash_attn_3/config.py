@@ -91,11 +91,14 @@ class Schedule(KernelEnum):
     """How softmax hides behind the tensor cores.
 
     INTRA_WARPGROUP: the QK product of the next key block runs while PV of the last one does, and the
-    softmax runs beside PV. PING_PONG: that, and the warpgroups take turns at the tensor cores.
+    softmax runs beside PV. PING_PONG: the warpgroups take turns at the tensor cores, and the softmax of one runs
+    beside products of others alone; P gives its registers to the next block's scores. BOTH: a warpgroup overlaps its
+    own work as with INTRA_WARPGROUP, and they take turns.
     """
 
     INTRA_WARPGROUP = "kIntraWarpgroup"
     PING_PONG = "kPingPong"
+    BOTH = "kBoth"
 
 
 class Rescale(KernelEnum):
@@ -191,7 +194,7 @@ class ForwardConfig(KernelConfig):
     block_m: int
     block_n: int
     num_stages: int = 2
-    schedule: Schedule = Schedule.PING_PONG
+    schedule: Schedule = Schedule.BOTH
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2
@@ -262,8 +265,25 @@ class ForwardConfig(KernelConfig):
 
     @property
     def fragment_registers(self) -> int:
-        """Registers per consumer thread for S (fp32), P (16 bit, packed) and O (fp32)."""
-        return self.block_n // 2 + self.block_n // 4 + self.head_dim_v // 2
+        """Registers per consumer thread for S (fp32), P (16 bit, packed) and O (fp32).
+
+        With PING_PONG S and P take turns, too, at the same registers.
+        """
+        scores, probabilities = self.block_n // 2, self.block_n // 4
+        together = scores if self.schedule is Schedule.PING_PONG else scores + probabilities
+        return together + self.head_dim_v // 2
+
+    @property
+    def register_margin(self) -> int:
+        """Registers per consumer thread beside the fragments.
+
+        Where S and P share theirs ptxas needs some in which to bring P to its place, and for the branches of LAZY and
+        ON_OVERFLOW. How many was found by compiling: with fewer kernels spill, or their products are serialised.
+        """
+        if self.schedule is not Schedule.PING_PONG:
+            return FRAGMENT_REGISTER_MARGIN
+        others = 16 if self.num_consumer_warpgroups < 4 else 24
+        return others + self.block_n // 8 + (0 if self.rescale is Rescale.EAGER else 2)
 
     @property
     def name(self) -> str:
@@ -293,9 +313,9 @@ class ForwardConfig(KernelConfig):
             (16 <= self.block_n <= 256 and self.block_n % 16 == 0, "block_n", "a multiple of 16 in [16, 256]"),
             (2 <= self.num_stages <= 8, "num_stages", "in [2, 8]"),
             (
-                self.schedule is not Schedule.PING_PONG or self.num_consumer_warpgroups >= 2,
+                self.schedule is Schedule.INTRA_WARPGROUP or self.num_consumer_warpgroups >= 2,
                 "schedule",
-                "INTRA_WARPGROUP when block_m is 64: ping-pong needs two warpgroups",
+                "INTRA_WARPGROUP when block_m is 64: turns need two warpgroups",
             ),
             (
                 self.output_buffer is not OutputBuffer.WITH_Q or self.head_dim_v <= self.head_dim,
@@ -327,7 +347,7 @@ class ForwardConfig(KernelConfig):
                 f"shared memory: {self.smem_bytes} bytes required by {self.name}, {MAX_SMEM_BYTES} supported; "
                 "reduce block_n, num_stages or block_m, or set output_buffer=WITH_Q"
             )
-        needed = self.fragment_registers + FRAGMENT_REGISTER_MARGIN
+        needed = self.fragment_registers + self.register_margin
         if needed > self.consumer_registers:
             raise ConfigError(
                 f"registers: {needed} per consumer thread required by {self.name}, "

@@ -46,7 +46,7 @@ class ForwardTile:
     block_m: int
     block_n: int
     num_stages: int = 2
-    schedule: Schedule = Schedule.PING_PONG
+    schedule: Schedule = Schedule.BOTH
     rescale: Rescale = Rescale.EAGER
     output_buffer: OutputBuffer = OutputBuffer.OWN
     num_q_stages: int = 2

@@ -7,7 +7,7 @@ from benchmarks.sass import opcodes, product_loops, steps, usual_path
 
 from compile_tools import disassemble
 from flash_attn_3 import compiler
-from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Score, SeqLayout
+from flash_attn_3.config import Dtype, ForwardConfig, Mask, OutputBuffer, Rescale, Schedule, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import ForwardProblem, MaskSpec
 
@@ -107,6 +107,46 @@ def test_a_block_is_tried_without_its_maximum(compile_kernel, head_dim, mask):
     # What it is for.
     eager = compile_kernel(dataclasses.replace(config, rescale=Rescale.EAGER))
     assert steps(lines)[0].total() < 0.9 * steps(disassemble(eager))[0].total()
+
+
+#: As many keys as the registers allow where S and P share them.
+TURNS_ALONE = [
+    dataclasses.replace(
+        planned(head_dim, mask, layout=layout),
+        schedule=Schedule.PING_PONG,
+        block_m=block_m,
+        block_n=block_n,
+        output_buffer=OutputBuffer.NONE,
+        num_q_stages=1,
+        rescale=rescale,
+    )
+    for head_dim, mask, layout, block_m, block_n, rescale in (
+        (64, Mask.LOCAL, SeqLayout.VARLEN, 192, 176, Rescale.EAGER),
+        (64, Mask.CAUSAL, SeqLayout.VARLEN, 192, 176, Rescale.ON_OVERFLOW),
+        (64, Mask.CAUSAL, SeqLayout.DENSE, 256, 80, Rescale.LAZY),
+        (128, Mask.CAUSAL, SeqLayout.DENSE, 192, 128, Rescale.EAGER),
+    )
+]
+
+
+@pytest.mark.parametrize("config", TURNS_ALONE, ids=lambda config: config.name)
+def test_a_turn_ends_before_the_softmax(compile_kernel, config):
+    """PV, QK, the turn passed on, and only then, with nothing in flight, the exponentials; and nothing spills."""
+    config.validate()
+    kernel = compile_kernel(config)
+    assert (kernel.meta["spill_store_bytes"], kernel.meta["spill_load_bytes"]) == (0, 0)
+    for step in product_loops(disassemble(kernel)):
+        usual = usual_path(step)
+        products, waits, exponentials, turns = (
+            [index for index, line in enumerate(usual) if line.startswith(start)]
+            for start in ("HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2", "BAR.ARV")
+        )
+        values_done, scores_done = waits
+        assert [index < values_done for index in products] == [True] * (config.block_n // 16) + [False] * (
+            config.head_dim // 16
+        )
+        assert products[-1] < turns[-1] < scores_done < exponentials[0]
+        assert len(exponentials) >= config.block_n // 2
 
 
 def test_compile_budget(compile_kernel):

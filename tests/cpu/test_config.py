@@ -14,6 +14,7 @@ from flash_attn_3.config import (
     ForwardConfig,
     Mask,
     OutputBuffer,
+    Rescale,
     Schedule,
     Score,
     SeqLayout,
@@ -22,6 +23,8 @@ from flash_attn_3.config import (
 CONFIG = ForwardConfig(
     Dtype.BF16, 128, 128, Mask.CAUSAL, SeqLayout.DENSE, Score.SCALED, block_m=128, block_n=128, num_stages=2
 )
+#: S and P share registers.
+TURNS_ALONE = {"head_dim": 64, "head_dim_v": 64, "block_m": 192, "schedule": Schedule.PING_PONG}
 FIELDS = [field.name for field in dataclasses.fields(ForwardConfig)]
 
 ANY_CONFIG = st.builds(
@@ -60,10 +63,21 @@ def test_key_is_the_same_in_every_process():
     # Literal: a key that depends on hash randomisation or on the order of a set would differ between ranks.
     text = (
         "fwd;dtype=BF16;head_dim=128;head_dim_v=128;mask=CAUSAL;seq_layout=DENSE;score=SCALED;"
-        "block_m=128;block_n=128;num_stages=2;schedule=PING_PONG;rescale=EAGER;output_buffer=OWN;"
+        "block_m=128;block_n=128;num_stages=2;schedule=BOTH;rescale=EAGER;output_buffer=OWN;"
         "num_q_stages=2;polynomial_exp2_of_16=0;cluster_size=1"
     )
     assert CONFIG.key() == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("head_dim", "both", "alone"), [(64, 128, 176), (96, 112, 144), (128, 96, 128)])
+def test_turns_alone_leave_room_for_more_keys(head_dim, both, alone):
+    """192 rows: the most keys in a block, by the registers of S, P and O."""
+    for schedule, most in ((Schedule.BOTH, both), (Schedule.PING_PONG, alone)):
+        tile = {"head_dim": head_dim, "head_dim_v": head_dim, "block_m": 192, "schedule": schedule}
+        lean = dataclasses.replace(CONFIG, **tile, num_q_stages=1, output_buffer=OutputBuffer.NONE)
+        dataclasses.replace(lean, block_n=most).validate()
+        with pytest.raises(ConfigError, match="registers"):
+            dataclasses.replace(lean, block_n=most + 16).validate()
 
 
 @given(ANY_CONFIG, ANY_CONFIG)
@@ -100,13 +114,23 @@ def test_valid_configurations_fit_the_machine(config):
         ({"block_n": 24}, r"block_n=24 is not supported; it must be a multiple of 16"),
         ({"block_n": 272}, r"block_n=272 is not supported"),
         ({"num_stages": 1}, r"num_stages=1 is not supported; it must be in \[2, 8\]"),
-        ({"block_m": 64, "schedule": Schedule.PING_PONG}, r"schedule=PING_PONG is not supported"),
+        *(
+            ({"block_m": 64, "schedule": turns}, rf"schedule={turns.name} is not supported; it must be INTRA_WARPGROUP")
+            for turns in (Schedule.PING_PONG, Schedule.BOTH)
+        ),
         (
             {"head_dim": 64, "head_dim_v": 128, "output_buffer": OutputBuffer.WITH_Q},
             r"output_buffer=WITH_Q is not supported; it must be OWN when head_dim_v exceeds head_dim",
         ),
         ({"num_stages": 4}, r"shared memory: \d+ bytes required by fwd_\w+, 232448 supported; reduce"),
         ({"head_dim": 64, "head_dim_v": 64, "block_m": 192, "block_n": 192}, r"registers: 200 per .* 160 supported"),
+        (TURNS_ALONE | {"block_n": 192}, r"registers: 168 per .* 160 supported"),
+        (
+            {"block_m": 192, "schedule": Schedule.PING_PONG, "rescale": Rescale.ON_OVERFLOW}
+            | {"num_q_stages": 1, "output_buffer": OutputBuffer.NONE},
+            r"registers: 162 per .* 160 supported",
+        ),
+        (TURNS_ALONE | {"block_m": 256, "block_n": 96}, r"registers: 116 per .* 112 supported"),
     ],
 )
 def test_each_rule_names_what_is_wrong(changes, message):

@@ -13,6 +13,8 @@ DENSE = {"batch": 2, "seqlen_q": 700, "seqlen_k": 700, "heads_q": 2, "heads_kv":
 WINDOW = Case(128, **DENSE, window_size=(64, 0))
 #: q is loaded behind the first keys of a tile and waits for the output of the tile before.
 OVER_Q = {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q, "block_n": 48}
+#: Turns alone.
+TURNS = {"block_n": 48, "schedule": Schedule.PING_PONG}
 #: (the call, what its tile has in the place of the table's)
 TILES = [
     (Case(64, **DENSE, causal=True), {"block_m": 192}),
@@ -26,6 +28,9 @@ TILES = [
     (Case(128, **DENSE, causal=True), OVER_Q),
     (WINDOW, OVER_Q),
     (WINDOW, {"block_n": 48, "schedule": Schedule.INTRA_WARPGROUP}),
+    (WINDOW, TURNS),
+    (Case(128, **DENSE, causal=True), OVER_Q | TURNS),
+    (Case(64, **DENSE | {"seqlen_k": 708}, causal=True), {"schedule": Schedule.PING_PONG, "block_n": 80}),
     *((Case(64, **DENSE | {"seqlen_k": 700 + more}, causal=True), {"block_n": 80}) for more in (-100, -33, 8, 40, 300)),
     (Case(64, **DENSE | {"seqlen_k": 400}, softcap=5.0), {"block_n": 96}),  # a last block of 16 keys
 ]
@@ -46,12 +51,23 @@ def test_tile(machine, case, changes):
 #: Beside them: the same without turns.
 NO_TURNS = {"block_n": 48, "schedule": Schedule.INTRA_WARPGROUP}
 SKIP = "      control_.k.wait_full(k_stage_);\n      turn_.wait();\n      turn_.pass_on();\n"
+#: Of the step with turns alone.
+TURN = "    turn_.wait();\n    issue_values<kValueKeys>(v_stage);\n"
+VALUES = "    issue_values<kValueKeys>(v_stage);\n"
+SCORES = "    turn_.pass_on();\n    release_v(v_stage);\n    cute::warpgroup_wait<0>();\n    fence_fragment(scores);\n"
 DEFECTS = [
     # A buffer of which nobody knows that it was filled, and one freed while others have yet to see that.
     (NO_TURNS, SourceChange("fwd/mma.cuh", SKIP, "")),
     (NO_TURNS, SourceChange("fwd/mma.cuh", "sync_warpgroup(turn_.warpgroup);", "")),
     # A warpgroup whose turns are fewer than the others'.
     (OVER_Q, SourceChange("fwd/mma.cuh", SKIP, "      control_.k.wait_full(k_stage_);\n")),
+    (TURNS, SourceChange("fwd/mma.cuh", SKIP, "      control_.k.wait_full(k_stage_);\n")),
+    # Values and probabilities of which nobody knows that they are there, or still needed.
+    (TURNS, SourceChange("fwd/mma.cuh", f"    control_.v.wait_full(v_stage);\n{TURN}", TURN)),
+    (TURNS, SourceChange("fwd/mma.cuh", f"{VALUES}    cute::warpgroup_wait<0>();\n", VALUES)),
+    (TURNS, SourceChange("fwd/mma.cuh", SCORES, SCORES.replace("    cute::warpgroup_wait<0>();\n", ""))),
+    (TURNS, SourceChange("fwd/mma.cuh", SCORES, SCORES.replace("    turn_.pass_on();\n", ""))),
+    (TURNS, SourceChange("fwd/mma.cuh", SCORES, SCORES.replace("    release_v(v_stage);\n", ""))),
     # Values waited for that come behind q.
     (OVER_Q, SourceChange("fwd/mma.cuh", "Shape::kOverlapsTiles && next.exists() ?", "next.exists() ?")),
     # Blocks left for later than the producer's next announcement.

@@ -8,7 +8,7 @@ from tests.gpu.harness import make_tensors
 import emulation
 from emulated_tiles import run_tile
 from emulation import SourceChange
-from flash_attn_3.config import OutputBuffer, Rescale
+from flash_attn_3.config import OutputBuffer, Rescale, Schedule
 
 DENSE = {"batch": 1, "seqlen_q": 300, "seqlen_k": 450, "heads_q": 2, "heads_kv": 1}
 ON_OVERFLOW = {"rescale": Rescale.ON_OVERFLOW}
@@ -19,6 +19,7 @@ TILES = [
     (Case(96, **DENSE, softcap=30.0), {}),
     (Case(128, **DENSE, causal=True), {"num_q_stages": 1}),
     (Case(128, **DENSE), {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q}),
+    (Case(128, **DENSE, causal=True), {"schedule": Schedule.PING_PONG, "num_q_stages": 1}),
 ]
 
 
@@ -61,7 +62,7 @@ DEFECTS = [
     # A buffer freed by one thread for all warps, though each may still read it.
     SourceChange("core/traits.cuh", "kWarpgroupThreads / kWarpThreads : 1;", "1 : 1;"),
     SourceChange("fwd/mma.cuh", "softmax = before;", ""),
-    SourceChange("fwd/mma.cuh", "if (!done) {", "if (false) {"),
+    SourceChange("fwd/mma.cuh", "if (!done) try_again", "if (false) try_again"),
     SourceChange("core/warp_mma.cuh", "b[half], b[half + 2]", "b[2 * half], b[2 * half + 1]"),
 ]
 

@@ -11,6 +11,8 @@ from flash_attn_3.config import OutputBuffer, Rescale, Schedule
 
 DENSE = {"batch": 1, "seqlen_q": 300, "seqlen_k": 450, "heads_q": 2, "heads_kv": 1}
 VARLEN = {"lens_q": (300, 0, 1, 200), "lens_k": (130, 5, 0, 300), "heads_q": 2, "heads_kv": 1}
+TURNS = {"schedule": Schedule.PING_PONG}
+OVER_Q = {"num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q}
 #: (the call, what its tile has in the place of the table's)
 TILES = [
     (Case(64, **DENSE, causal=True), {"block_m": 64, "schedule": Schedule.INTRA_WARPGROUP}),
@@ -30,6 +32,16 @@ TILES = [
         {"rescale": Rescale.ON_OVERFLOW, "num_q_stages": 1, "output_buffer": OutputBuffer.WITH_Q},
     ),
     (Case(128, **DENSE), {"rescale": Rescale.ON_OVERFLOW, "cluster_size": 2}),
+    (Case(64, **DENSE, causal=True), TURNS | {"block_n": 176, "polynomial_exp2_of_16": 4}),
+    (Case(64, **DENSE), TURNS | {"block_m": 256, "block_n": 80, "rescale": Rescale.LAZY}),
+    (Case(128, **DENSE, window_size=(100, 20)), TURNS | {"num_q_stages": 1, "output_buffer": OutputBuffer.NONE}),
+    (
+        Case(128, **VARLEN, causal=True, softcap=10.0),
+        TURNS | OVER_Q | {"block_m": 192, "block_n": 112, "rescale": Rescale.LAZY},
+    ),
+    (Case(128, **VARLEN), TURNS | {"num_q_stages": 1, "cluster_size": 2}),
+    (Case(96, **VARLEN, causal=True), TURNS | {"rescale": Rescale.ON_OVERFLOW, "num_stages": 3, "block_n": 96}),
+    (Case(256, **DENSE, causal=True, dtype=torch.float16), TURNS),
 ]
 
 
@@ -58,6 +70,21 @@ def test_rows_do_not_depend_on_the_height_of_their_tile(machine, case):
     found, found_lse = machine(run_tile, case, tensors, low, range(3))
     assert torch.equal(found.nan_to_num(), out.nan_to_num())
     assert torch.equal(found_lse.nan_to_num(), lse.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(64, **DENSE, causal=True), Case(128, **DENSE, window_size=(100, 20)), Case(128, **VARLEN, causal=True)],
+    ids=str,
+)
+def test_rows_do_not_depend_on_the_schedule(machine, case):
+    """Products and corrections come in the same order, whatever runs beside them."""
+    tensors = make_tensors(case, "cpu")
+    out, lse = machine(run_tile, case, tensors, {"schedule": Schedule.BOTH}, [0])
+    for other in (Schedule.INTRA_WARPGROUP, Schedule.PING_PONG):
+        found, found_lse = machine(run_tile, case, tensors, {"schedule": other}, range(3))
+        assert torch.equal(found.nan_to_num(), out.nan_to_num())
+        assert torch.equal(found_lse.nan_to_num(), lse.nan_to_num())
 
 
 @pytest.mark.parametrize(("case", "changes"), TILES, ids=str)

@@ -136,7 +136,7 @@ def _changed(**changes: object) -> dict:
         ({"tile": None}, r"entry 0, .*: None is not supported; it must be an object"),
         ({"tile": {}}, r"entry 0, .*: block_m is missing"),
         ({"block_m": True}, r"entry 0, .*: block_m=True is not supported; it must be an integer"),
-        ({"schedule": "eager"}, r"schedule='eager' is not supported; it must be intra_warpgroup or ping_pong"),
+        ({"schedule": "eager"}, r"schedule='eager' is not supported; it must be intra_warpgroup or ping_pong or both"),
         ({"block_n": 24}, r"d64 full scaled, max_seqlen_q=None: block_n=24 is not supported"),
         ({"l2_kv_bytes": 0}, r"d64 full scaled, max_seqlen_q=None: l2_kv_bytes=0 is not supported"),
         ({"max_seqlen_q": 512}, r"d64 full scaled: the last entry has max_seqlen_q=512; it must be null"),

@@ -123,10 +123,10 @@ def test_dry_run_lists_the_chosen_keys(capsys):
 
 def test_axes_and_limit_prune(capsys):
     arguments = ["--head-dim", "64", "--head-dim-v", "64", "--mask", "full"]
-    axes = ["--block-n", "64", "80", "--schedule", "ping_pong", "--num-stages", "2"]
+    axes = ["--block-n", "64", "80", "--schedule", "both", "--num-stages", "2"]
     present = {TileKey(64, 64, Mask.FULL, Score.SCALED).config(c.tile).name for c in TABLE.choices[KEYS[0]]}
     pruned = set(_dry_run(capsys, *arguments, *axes)) - present
-    assert pruned and all("ping_pong" in name and ("n64s2" in name or "n80s2" in name) for name in pruned)
+    assert pruned and all("_both_" in name and ("n64s2" in name or "n80s2" in name) for name in pruned)
     assert len(_dry_run(capsys, *arguments, "--limit", "7")) == 7
 
 

@@ -50,7 +50,7 @@ def tuner(workbench, tmp_path, monkeypatch):
         small = ["--head-dim", "128", "--mask", "causal", "--block-m", "128", "--num-stages", "2", "--jobs", "2"]
         fixed = [
             "--schedule",
-            "ping_pong",
+            "both",
             "--rescale",
             "eager",
             "--output-buffer",

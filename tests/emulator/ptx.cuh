@@ -20,6 +20,7 @@ inline float exp2_approx(float x) {
 inline float log2_approx(float x) { return std::log2(x); }
 inline float tanh_approx(float x) { return std::tanh(x); }
 inline void hold_until_known(float) {}
+inline void begin_register(float&) {}
 
 inline uint8_t* dynamic_shared_memory() { return emulator::shared_memory(); }
 

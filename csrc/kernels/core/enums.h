@@ -10,7 +10,7 @@ enum class Score { kScaled, kSoftcap };
 enum class Accumulation { kUnordered, kOrdered };
 enum class WarpgroupSplit { kKeys, kColumns };
 enum class DqPath { kStaged, kDirect };
-enum class Schedule { kIntraWarpgroup, kPingPong };
+enum class Schedule { kIntraWarpgroup, kPingPong, kBoth };
 enum class Rescale { kEager, kLazy, kOnOverflow };
 enum class OutputBuffer { kOwn, kWithQ, kNone };
 

@@ -28,6 +28,13 @@ FA_DEVICE void fence_fragment(Register (&fragment)[kSize]) {
   for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(fragment[i]);
 }
 
+// Where the fragment's registers are not needed before: what they held so far is lost.
+template <int kSize>
+FA_DEVICE void begin_fragment(float (&fragment)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) begin_register(fragment[i]);
+}
+
 template <int kSize>
 FA_DEVICE void clear_fragment(float (&fragment)[kSize]) {
 #pragma unroll

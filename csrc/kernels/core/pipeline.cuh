@@ -106,7 +106,7 @@ struct NoTurn {
 };
 
 template <class Traits>
-using Turn = std::conditional_t<Traits::kSchedule == Schedule::kPingPong,
-                                PingPongTurn<ForwardShape<Traits>::kNumConsumerWarpgroups>, NoTurn>;
+using Turn = std::conditional_t<Traits::kSchedule == Schedule::kIntraWarpgroup, NoTurn,
+                                PingPongTurn<ForwardShape<Traits>::kNumConsumerWarpgroups>>;
 
 }  // namespace fa

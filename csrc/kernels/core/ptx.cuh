@@ -116,6 +116,10 @@ FA_DEVICE void hold_until_known(float sum) {
   if (sum < 0.f) asm volatile("nanosleep.u32 1;" ::: "memory");
 }
 
+// `value` becomes anything, from here on. An uninitialised variable may share its register with whatever the compiler
+// likes, long before; this one begins here.
+FA_DEVICE void begin_register(float& value) { asm volatile("" : "=f"(value)::"memory"); }
+
 // Two floats rounded to 16 bits, `low` in the low half.
 template <Dtype kDtype>
 FA_DEVICE uint32_t pack(float low, float high) {

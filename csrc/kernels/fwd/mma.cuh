@@ -14,8 +14,8 @@ namespace fa {
 
 // For each tile: start(), unless the finish() of the tile before has done that already; run(); finish().
 //
-// Key blocks run from the last to the first. QK of a block is in flight together with PV of the block before, also
-// across the border between two tiles, and the softmax of the block runs beside that PV.
+// Key blocks run from the last to the first. QK of a block goes with PV of the block before, also across the border
+// between two tiles; the softmax of the block runs beside that PV, or, with Schedule::kPingPong, behind it.
 //
 // A tile may visit blocks that only other warpgroups need; these are skipped. Of the first block half may be enough.
 //
@@ -230,10 +230,19 @@ class TileMma {
     release_v(v_stage);
   }
 
-  // QK of a block together with PV of the block before, which may be the last tile's; then the softmax beside that PV.
-  // kValueKeys: of the block before.
+  // QK and softmax of a block, and PV of the block before, which may be the last tile's. kValueKeys: of that one.
   template <BlockKind kKind, int kValueKeys = Traits::kBlockN, int kSize>
   FA_DEVICE void step(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
+    if constexpr (Traits::kSchedule == Schedule::kPingPong) {
+      step_in_turn<kKind, kValueKeys>(tile, n_block, scores, softmax);
+    } else {
+      step_beside_values<kKind, kValueKeys>(tile, n_block, scores, softmax);
+    }
+  }
+
+  // Both products together; then the softmax beside PV.
+  template <BlockKind kKind, int kValueKeys, int kSize>
+  FA_DEVICE void step_beside_values(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
     const RingState<Traits::kNumStages> v_stage = pending_values();
     control_.k.wait_full(k_stage_);
     turn_.wait();
@@ -247,18 +256,41 @@ class TileMma {
       const Softmax before = softmax;
       const bool done = try_probabilities(tile, n_block, scores, softmax);
       finish_values(v_stage, softmax);
-      if (!done) {
-        softmax = before;
-        compute_warp_scores<Traits>(scores, q_address(), k_address());
-        cutlass::arch::fence_view_async_shared();  // between these reads and the copy that overwrites what they read
-        to_probabilities<kKind>(tile, n_block, scores, softmax);
-        correct_output();
-      }
+      if (!done) try_again(tile, n_block, scores, softmax, before);
       release_keys(tile, n_block);
     } else {
       release_keys(tile, n_block);
       to_probabilities<kKind>(tile, n_block, scores, softmax);
       finish_values(v_stage, softmax);
+    }
+  }
+
+  // In the warpgroup's turn PV, then QK, one at a time, so that the scores can take P's registers; then the softmax,
+  // with neither in flight, beside products of other warpgroups.
+  template <BlockKind kKind, int kValueKeys, int kSize>
+  FA_DEVICE void step_in_turn(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
+    const RingState<Traits::kNumStages> v_stage = pending_values();
+    control_.k.wait_full(k_stage_);
+    control_.v.wait_full(v_stage);
+    turn_.wait();
+    issue_values<kValueKeys>(v_stage);
+    cute::warpgroup_wait<0>();
+    fence_fragment(out);
+    fence_fragment(p_);
+    begin_fragment(scores);
+    issue_scores(scores);
+    turn_.pass_on();
+    release_v(v_stage);
+    cute::warpgroup_wait<0>();
+    fence_fragment(scores);
+    if constexpr (kTriesWithoutMaximum<kKind>) {
+      const Softmax before = softmax;
+      const bool done = try_probabilities(tile, n_block, scores, softmax);
+      if (!done) try_again(tile, n_block, scores, softmax, before);
+      release_keys(tile, n_block);
+    } else {
+      release_keys(tile, n_block);
+      to_probabilities<kKind>(tile, n_block, scores, softmax);
     }
   }
 
@@ -279,6 +311,15 @@ class TileMma {
   FA_DEVICE bool try_probabilities(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax) {
     apply_hook(tile, scores, n_block);
     return softmax.template try_update<Traits::kPolynomialExp2Of16>(scores, params_.exp2_scale);
+  }
+
+  // With the maximum. `before`: what the softmax was when the block was tried without.
+  FA_DEVICE void try_again(const WorkTile& tile, int n_block, Scores& scores, Softmax& softmax, const Softmax& before) {
+    softmax = before;
+    compute_warp_scores<Traits>(scores, q_address(), k_address());
+    cutlass::arch::fence_view_async_shared();  // between these reads and the copy that overwrites what they read
+    to_probabilities<BlockKind::kFull>(tile, n_block, scores, softmax);
+    correct_output();
   }
 
   template <BlockKind kKind, int kSize>
