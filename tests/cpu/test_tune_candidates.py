@@ -1,6 +1,7 @@
 """Which tiles the tuner considers, and the shapes it measures them on."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from flash_attn_3.config import ConfigError, Mask, Rescale, Schedule, Score
 from flash_attn_3.problem import normalize_mask
 from flash_attn_3.tile_table import HEAD_DIM_PAIRS, TABLE_FILE, ForwardTile, TileKey
 from flash_attn_3.tune import __main__ as command_line
-from flash_attn_3.tune.candidates import candidates, default_axes, distance, feasible_tiles, label
+from flash_attn_3.tune.candidates import along_axes, candidates, default_axes, distance, feasible_tiles, label
 from flash_attn_3.tune.shapes import TuneShape, length_classes
 
 TABLE = tile_table.read(TABLE_FILE)
@@ -61,6 +62,32 @@ def test_a_present_tile_outside_of_the_axes_is_still_a_candidate():
     odd = ForwardTile(128, 16)
     axes = {name: values[:1] for name, values in default_axes().items()}
     assert candidates(CAUSAL_128, axes, [odd])[0] == odd
+
+
+FEW_AXES = default_axes() | {"block_n": (64, 96, 128), "num_stages": (2, 3), "polynomial_exp2_of_16": (0, 2)}
+
+
+@functools.cache
+def _few_tiles(key: TileKey) -> list[ForwardTile]:
+    return feasible_tiles(key, FEW_AXES)
+
+
+@given(st.sampled_from(KEYS), st.data())
+def test_a_step_along_an_axis_changes_as_little_as_can_be(key, data):
+    """Brute force, from any tile that can be built: for each value the nearest of the tiles that have it."""
+    tiles = _few_tiles(key)
+    tile = data.draw(st.sampled_from(tiles))
+    steps = along_axes(tile, tiles, FEW_AXES)
+    for name, values in FEW_AXES.items():
+        for value in values:
+            others = [other for other in tiles if getattr(other, name) == value]
+            if value == getattr(tile, name) or not others:
+                assert (name, value) not in steps
+            else:
+                step = steps.pop((name, value))
+                assert step in others
+                assert distance(tile, step) == min(distance(tile, other) for other in others)
+    assert not steps
 
 
 def test_distance_counts_fields_before_sizes():

@@ -71,6 +71,22 @@ def candidates(key: TileKey, axes: Axes, present: Iterable[ForwardTile], limit: 
     return present + others[:room]
 
 
+def along_axes(tile: ForwardTile, tiles: Iterable[ForwardTile], axes: Axes) -> dict[tuple[str, Any], ForwardTile]:
+    """One step along each axis: (axis, value) -> of `tiles` the one with that value that differs least from `tile`.
+
+    That is `tile` with this value alone changed where that can be built; else others change with it. Values that `tile`
+    has itself, or that none of `tiles` has, are left out.
+    """
+    found: dict[tuple[str, Any], ForwardTile] = {}
+    nearest = sorted(tiles, key=lambda other: distance(tile, other))
+    for name, values in axes.items():
+        for value in values:
+            step = next((other for other in nearest if getattr(other, name) == value), None)
+            if step is not None and value != getattr(tile, name):
+                found[name, value] = step
+    return found
+
+
 def distance(first: ForwardTile, second: ForwardTile) -> tuple[int, float]:
     """In how many fields two tiles differ, and how far apart their numbers are, relatively."""
     pairs = [(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(ForwardTile)]
