@@ -15,6 +15,7 @@ from flash_attn_3.config import Mask, Score
 from flash_attn_3.tile_table import TABLE_FILE, ForwardTile, TileChoice, TileKey
 from flash_attn_3.tune import __main__ as command_line
 from flash_attn_3.tune.build import build
+from flash_attn_3.tune.job import Audit
 from flash_attn_3.tune.process import Measured, Worker
 from flash_attn_3.tune.shapes import length_classes
 from flash_attn_3.tune.sweep import Effort, KeySweep
@@ -117,6 +118,20 @@ def test_a_crash_and_a_hang_leave_the_rest(tuner):
     assert sorted(reasons) == ["crashed with exit code 7", "hung: reported nothing for 2 s"]
 
 
+def test_a_broken_value_is_left_out_and_the_rest_decided(tuner):
+    """Of four tiles with it two are tried, on one length; the report says why the others are not."""
+    script = {"96": {"ms": 0.9}, "rescale=lazy": {"crash_in": "check"}}
+    axes = ["--block-n", "96", "112", "128", "144", "--rescale", "eager", "lazy"]
+    assert tuner(script, *axes, "--lengths", "512", "8192", "--class-bounds") == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
+    first, *others = tuner.report()["keys"][0]["shapes"]
+    reasons = [failure["reason"] for failure in first["failed"]]
+    assert reasons.count("crashed with exit code 7") == 2 and len(reasons) == 4
+    assert not any(shape["failed"] for shape in others)
+    left_out = "2 left out: 2 tiles with rescale=lazy hung or crashed, none was right"
+    assert f"9 in all, 2 wrong, hung or crashed, {left_out};" in tuner.summary()
+
+
 def test_a_kernel_that_fails_on_one_length_is_chosen_for_none(tuner):
     script = {"96": {"ms": 0.8, "wrong_from": 8192}, "112": {"ms": 0.9}}
     assert tuner(script, "--block-n", "96", "112") == 0
@@ -128,6 +143,24 @@ def test_a_tile_whose_other_kernels_spill_is_not_chosen(tuner):
     assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
     (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
     assert re.match(r"spills 8 bytes, as fwd_fp16_d128_causal_\w+", dropped)
+
+
+def test_a_tile_that_is_unfit_for_other_calls_is_not_chosen(tuner):
+    script = {"96": {"ms": 0.7, "unfit": "NaN in a key: out is wrong"}, "112": {"ms": 0.8}}
+    assert tuner(script, "--block-n", "96", "112") == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 112)]
+    (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
+    assert re.fullmatch(r"unfit: NaN in a key: out is wrong, as fwd_fp16_d128_causal_dense_\w+", dropped)
+    assert "1 unfit for other calls" in tuner.summary()
+
+
+def test_an_audit_has_all_kernels_that_would_serve(tuner):
+    """Those of one warpgroup, too."""
+    script = {"112": {"ms": 0.8}, "block_m=64": {"crash_in": "audit"}}
+    assert tuner(script, "--block-n", "112", "--lengths", "8192") == 0
+    assert tuner.table().choices == TABLE.choices
+    (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
+    assert dropped.startswith("unfit: crashed with exit code 7, as fwd_fp16_d128_causal_dense_scaled_m64n112")
 
 
 def test_nothing_better_keeps_the_table_but_says_that_it_was_measured(tuner):
@@ -194,7 +227,9 @@ class Recorder:
     def __init__(self) -> None:
         self.jobs = []
 
-    def measure(self, job):
+    def measure(self, job, suspects):
+        if isinstance(job, Audit):
+            return Measured()
         self.jobs.append(job)
         problem = job.shape.problem(132)
         heads = {v: heuristics.plan_choice(problem, v.choice).heads_per_section for v in job.variants}

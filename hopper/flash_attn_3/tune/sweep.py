@@ -17,15 +17,16 @@ from ..problem import HOPPER_SMS
 from ..tile_table import ForwardTile, TileChoice, TileKey, TileTable
 from .build import Built
 from .choice import Decision, ShapeTimes, decide, ranking, without_class
-from .job import Job, Variant
+from .job import Audit, Job, Variant
 from .process import Measured
 from .shapes import LengthClass, TuneShape
+from .suspects import LEFT_OUT, Suspects
 
 
 class Measurer(Protocol):
-    """What measures jobs: a `Worker`, or a stand-in for one."""
+    """What measures jobs and audits: a `Worker`, or a stand-in for one."""
 
-    def measure(self, job: Job) -> Measured: ...
+    def measure(self, job: Job | Audit, suspects: Suspects) -> Measured: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +71,14 @@ class ShapeResult:
 
 @dataclasses.dataclass
 class KeyResult:
-    """Everything about one key."""
+    """Everything about one key; of the tiles that would have changed the table, what makes them unfit, or None."""
 
     key: TileKey
     tiles: list[ForwardTile]
     built: Built
     shapes: list[ShapeResult] = dataclasses.field(default_factory=list)
     decisions: list[tuple[LengthClass, Decision]] = dataclasses.field(default_factory=list)
+    audits: dict[ForwardTile, str | None] = dataclasses.field(default_factory=dict)
 
 
 class KeySweep:
@@ -103,6 +105,7 @@ class KeySweep:
         self._table = table
         self._measurer = measurer
         self._effort = effort
+        self._suspects = Suspects()
         self._kernels = None if kernels is None else str(kernels.absolute())
 
     def run(self) -> KeyResult:
@@ -148,12 +151,40 @@ class KeySweep:
             return _undecided("not all shapes of the class were measured")
         if any(self.result.key.config(final.times.present.tile) in self.result.built.missing for final in finals):
             return _undecided("the kernel of the present choice is missing, so there is nothing to compare with")
-        wrong = self._failed_tiles()
-        return decide([final.times.without(wrong) for final in finals])
+        while True:
+            wrong = self._failed_tiles()
+            decision = decide([final.times.without(wrong) for final in finals])
+            if decision.choice is None or self._is_fit(decision.choice):
+                return decision
+
+    def _is_fit(self, choice: TileChoice) -> bool:
+        """Whether what would serve the key with this choice computes attention on other calls than the timed ones."""
+        if choice.tile not in self.result.audits:
+            fault = self.result.audits[choice.tile] = self._audit(choice)
+            if fault is not None:
+                self.result.built.dropped.setdefault(self.result.key.config(choice.tile), f"unfit: {fault}")
+        return self.result.audits[choice.tile] is None
+
+    def _audit(self, choice: TileChoice) -> str | None:
+        """What is wrong with the kernels of all dtypes and layouts, and with those that serve launches of few tiles."""
+        key, variants = self.result.key, {}
+        for tile in dict.fromkeys([choice.tile, choice.tile.of_one_warpgroup()]):
+            built = self._build(key.configs(tile))
+            for config, why in built.dropped.items():
+                if config not in built.missing:
+                    return f"{why}, as {config.name}"
+            served = dataclasses.replace(choice, tile=tile)
+            found = {config: built.kernels[config] for config in key.configs(tile) if config in built.kernels}
+            variants |= {_variant(served, kernel, config): config for config, kernel in found.items()}
+        measured = self._measurer.measure(Audit(key, tuple(variants), self._kernels), self._suspects)
+        if measured.abandoned:
+            return measured.abandoned
+        return next((f"{reason}, as {variants[v].name}" for v, reason in measured.failed.items()), None)
 
     def _failed_tiles(self) -> set[ForwardTile]:
-        """Tiles that were wrong, hung or crashed on a shape so far."""
-        return {choice.tile for shape in self.result.shapes for choice in shape.failed}
+        """Tiles that were wrong, hung or crashed so far, on a shape or in an audit."""
+        unfit = {tile for tile, fault in self.result.audits.items() if fault is not None}
+        return unfit | {choice.tile for shape in self.result.shapes for choice in shape.failed}
 
     def _measure(
         self, stage: str, shapes: Sequence[TuneShape], tiles: Sequence[ForwardTile]
@@ -191,7 +222,8 @@ class KeySweep:
                 warm_up=self._effort.warm_up,
                 turns=(self._effort.turns,) * self._effort.rounds if final else self._effort.heat_turns,
                 drop_behind=self._effort.drop_behind,
-            )
+            ),
+            self._suspects,
         )
         times = {c: measured.rounds_ms[v] for v, same in launches.items() if v in measured.rounds_ms for c in same}
         return ShapeResult(
@@ -214,13 +246,14 @@ class KeySweep:
             if plan.config in self.result.built.kernels:
                 groups.setdefault((plan.config, plan.heads_per_section), []).append(choice)
         return {
-            _variant(same[0], self.result.built.kernels[config], present in same): same
+            _variant(same[0], self.result.built.kernels[config], config, present in same): same
             for (config, _), same in groups.items()
         }
 
 
-def _variant(choice: TileChoice, kernel: CompiledKernel, is_present: bool) -> Variant:
-    return Variant(choice, kernel.meta["source_key"], kernel.meta["build_key"], is_present)
+def _variant(choice: TileChoice, kernel: CompiledKernel, config: ForwardConfig, is_present: bool = False) -> Variant:
+    keys = kernel.meta["source_key"], kernel.meta["build_key"]
+    return Variant(choice, *keys, is_present, config.dtype, config.seq_layout)
 
 
 def _undecided(reason: str) -> Decision:
@@ -234,5 +267,6 @@ def _progress(result: ShapeResult) -> str:
     best = f"{min(times.values()):.3f} ms" if times else "nothing"
     present = times.get(result.times.present)
     shown = "no result" if present is None else f"{present:.3f} ms"
-    counts = f"{len(times)} choices, {len(result.failed)} failed"
+    left_out = sum(reason.startswith(LEFT_OUT) for reason in result.failed.values())
+    counts = f"{len(times)} choices, {len(result.failed) - left_out} failed, {left_out} left out"
     return f"{result.stage} {result.shape}: {counts}, best {best}, present {shown}"
