@@ -9,11 +9,30 @@ from typing import Any
 import torch
 
 from emulation import Emulator, SourceChange
+from flash_attn_3.config import Dtype, SeqLayout
 from flash_attn_3.heuristics import tile_key
-from flash_attn_3.tile_table import forward_tiles
+from flash_attn_3.tile_table import ForwardTile, TileKey, forward_tiles
+from flash_attn_3.tune import launch
+from flash_attn_3.tune.serving import served_calls, what_is_wrong
+from flash_attn_3.tune.shapes import softcap_of
 from tests.gpu.cases import Case
 from tests.gpu.harness import Tensors, check
 from tests.gpu.tiles import plan_tile, prepare
+
+
+def audit_tile(
+    emulator: Emulator, key: TileKey, tile: ForwardTile, dtype: Dtype, seq_layout: SeqLayout
+) -> dict[str, str | None]:
+    """What the tuner's audit finds: call -> what is wrong with its results, or None."""
+    found = {}
+    for call in served_calls(key, dtype, seq_layout, emulator.num_sms, "cpu"):
+        plan = plan_tile(call.problem, tile)
+        out, lse = call.new_results()
+        tensors = (call.q, call.k, call.v, out, lse)
+        softcap = softcap_of(key.score)
+        launch.prepare(emulator.kernel(plan.config), call.problem, plan, softcap, tensors, call.cu_seqlens)()
+        found[call.name] = what_is_wrong(out, lse, call)
+    return found
 
 
 def run_tile(

@@ -1,4 +1,6 @@
-"""The sweep over one key of the table: heats over all tiles, a final with the L2 budgets, a decision for each class."""
+"""The sweep over one key of the table: for each class of lengths heats, each around the winner of the last one, a final
+with the L2 budgets, a decision.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ class Effort:
     Attributes:
         lengths: sequence lengths of the shapes.
         classes: which of them share a choice.
+        steps: heats at most after the first, each with the neighbours of the fastest tile so far.
         finalists: tiles of a class that are measured again, with every budget.
         l2_budgets: bytes of keys and values, tried under a mask beside the present budget.
         warm_up: launches of each variant before it is timed.
@@ -47,6 +50,7 @@ class Effort:
 
     lengths: tuple[int, ...]
     classes: tuple[LengthClass, ...]
+    steps: int
     finalists: int
     l2_budgets: tuple[int, ...]
     warm_up: int
@@ -88,6 +92,7 @@ class KeySweep:
         table: the planner's present table.
         build: compiles kernels, or finds them.
         kernels: the folder that it compiles into; None: the user's cache.
+        neighbours: what to try once a tile is the fastest; by default nothing but the tiles.
     """
 
     def __init__(
@@ -99,9 +104,12 @@ class KeySweep:
         measurer: Measurer,
         effort: Effort,
         kernels: Path | None,
+        neighbours: Callable[[ForwardTile], Sequence[ForwardTile]] = lambda tile: (),
     ) -> None:
-        self.result = KeyResult(key, list(tiles), build([key.config(tile) for tile in tiles]))
+        self.result = KeyResult(key, [], Built())
         self._build = build
+        self._first_tiles = list(tiles)
+        self._neighbours = neighbours
         self._table = table
         self._measurer = measurer
         self._effort = effort
@@ -120,13 +128,34 @@ class KeySweep:
         return self.result
 
     def _heat_and_final(self, shapes: Sequence[TuneShape]) -> list[ShapeResult] | None:
-        key, built = self.result.key, self.result.built
-        configs = {tile: key.config(tile) for tile in self.result.tiles}
-        usable = [tile for tile, c in configs.items() if c in built.kernels and c not in built.dropped]
-        heats = self._measure("heat", shapes, usable)
-        if heats is None:
-            return None
-        return self._measure("final", shapes, self._with_sound_siblings(ranking([heat.times for heat in heats])))
+        ranked = self._heats(shapes)
+        return None if ranked is None else self._measure("final", shapes, self._with_sound_siblings(ranked))
+
+    def _heats(self, shapes: Sequence[TuneShape]) -> list[ForwardTile] | None:
+        """The tiles of the last heat, the fastest first. From heat to heat the leaders stay."""
+        ranked: list[ForwardTile] = []
+        fresh, tried = self._first_tiles, set()
+        for step in range(1 + self._effort.steps):
+            tried |= set(fresh)
+            tiles = self._usable(fresh)
+            if step > 0 and not tiles:
+                break
+            heats = self._measure("heat", shapes, ranked[: self._effort.finalists] + tiles)
+            if heats is None:
+                return None
+            ranked = ranking([heat.times for heat in heats])
+            fresh = [tile for best in ranked[:1] for tile in self._neighbours(best) if tile not in tried]
+        return ranked
+
+    def _usable(self, tiles: Sequence[ForwardTile]) -> list[ForwardTile]:
+        """Those whose kernels can be launched and do not spill; what no class has tried before is compiled."""
+        key, result = self.result.key, self.result
+        new = [tile for tile in tiles if tile not in result.tiles]
+        result.tiles += new
+        if new:
+            result.built.add(self._build([key.config(tile) for tile in new]))
+        configs = {tile: key.config(tile) for tile in tiles}
+        return [tile for tile, c in configs.items() if c in result.built.kernels and c not in result.built.dropped]
 
     def _with_sound_siblings(self, ranked: Sequence[ForwardTile]) -> list[ForwardTile]:
         """The finalists: the first tiles whose kernels of the other dtypes and layouts are not dropped either.
