@@ -9,11 +9,30 @@ from typing import Any
 import torch
 
 from emulation import Emulator, SourceChange
-from flash_attn_3.heuristics import plan_choice, tile_key
-from flash_attn_3.launch import cuda_forward
-from flash_attn_3.tile_table import TileChoice, forward_tiles
+from flash_attn_3.config import Dtype, SeqLayout
+from flash_attn_3.heuristics import tile_key
+from flash_attn_3.tile_table import ForwardTile, TileKey, forward_tiles
+from flash_attn_3.tune import launch
+from flash_attn_3.tune.serving import served_calls, what_is_wrong
+from flash_attn_3.tune.shapes import softcap_of
 from tests.gpu.cases import Case
 from tests.gpu.harness import Tensors, check
+from tests.gpu.tiles import plan_tile, prepare
+
+
+def audit_tile(
+    emulator: Emulator, key: TileKey, tile: ForwardTile, dtype: Dtype, seq_layout: SeqLayout
+) -> dict[str, str | None]:
+    """What the tuner's audit finds: call -> what is wrong with its results, or None."""
+    found = {}
+    for call in served_calls(key, dtype, seq_layout, emulator.num_sms, "cpu"):
+        plan = plan_tile(call.problem, tile)
+        out, lse = call.new_results()
+        tensors = (call.q, call.k, call.v, out, lse)
+        softcap = softcap_of(key.score)
+        launch.prepare(emulator.kernel(plan.config), call.problem, plan, softcap, tensors, call.cu_seqlens)()
+        found[call.name] = what_is_wrong(out, lse, call)
+    return found
 
 
 def run_tile(
@@ -31,14 +50,10 @@ def run_tile(
     """
     problem = dataclasses.replace(case.problem(), num_sms=emulator.num_sms)
     tile = forward_tiles().choice(tile_key(problem), problem.max_seqlen_q).tile
-    plan = plan_choice(problem, TileChoice(None, dataclasses.replace(tile, **changes), 2**20))
-    launch = cuda_forward(emulator.kernel(plan.config, defect), problem, plan, case.scale, case.softcap)
-    rows = tensors.q.shape[:-1]
+    plan = plan_tile(problem, dataclasses.replace(tile, **changes))
+    call = prepare(case, tensors, problem, plan, emulator.kernel(plan.config, defect))
     for seed in seeds:
-        out = torch.full((*rows, case.dv), torch.nan, dtype=case.dtype)
-        lse = torch.full((*rows[:-2], rows[-1], rows[-2]), torch.nan)
         emulator.seed(seed)
-        index_tensors = tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
-        launch(tensors.q, tensors.k, tensors.v, out, lse, *index_tensors, None)
+        out, lse = call()
         check(case, tensors, out, lse)
     return out, lse

@@ -1,8 +1,9 @@
 """Stands in for the tuner's measuring process: answers jobs by a script instead of a GPU.
 
-Usage: fake_tune_worker.py SCRIPT.json, with {"block_n": {"behaviour": ...}, ...}: what variants of that block_n do.
+Usage: fake_tune_worker.py SCRIPT.json, with {"96": {"behaviour": ...}, "rescale=lazy": ...}: what variants of that
+block_n, or of that value of another axis, do.
 Behaviours: {"ms": 1.0}, {"wrong": "text"}, {"wrong_from": seqlen}, and {"crash_in": stage}, {"hang_in": stage},
-{"raise_in": stage}, where the stage is "check" or "round".
+{"raise_in": stage}, where the stage is "check", "round" or "audit"; {"unfit": "text"}: fails its audit.
 The script's other keys: "dies_at_start", "crashes_before_any", "log" (a file that gets one line for each start).
 """
 
@@ -26,10 +27,17 @@ def perform(behaviour, stage):
         sys.exit(1)
 
 
+def behaviour_of(tile, script):
+    names = [*(f"{name}={value}" for name, value in tile.items()), str(tile["block_n"])]
+    return next((script[name] for name in names if name in script), {"ms": 1.0})
+
+
 def answer(job, script):
     if script.get("crashes_before_any"):
         sys.exit(3)
-    behaviours = [script.get(str(v["choice"]["tile"]["block_n"]), {"ms": 1.0}) for v in job["variants"]]
+    behaviours = [behaviour_of(variant["choice"]["tile"], script) for variant in job["variants"]]
+    if "shape" not in job:
+        return audit(behaviours)
     running = {}
     for number, behaviour in enumerate(behaviours):
         emit("launching", variant=number)
@@ -44,6 +52,17 @@ def answer(job, script):
             emit("launching", variant=number)
             perform(behaviour, "round")
         emit("round", ms={str(number): behaviour.get("ms", 1.0) for number, behaviour in running.items()})
+    emit("done")
+
+
+def audit(behaviours):
+    for number, behaviour in enumerate(behaviours):
+        emit("launching", variant=number)
+        perform(behaviour, "audit")
+        if "unfit" in behaviour:
+            emit("failed", variant=number, reason=behaviour["unfit"])
+        else:
+            emit("audited", variant=number)
     emit("done")
 
 

@@ -6,8 +6,9 @@ from tests.gpu.cases import Case
 from tests.gpu.harness import make_tensors
 
 import emulation
-from emulated_tiles import run_tile
-from flash_attn_3.config import OutputBuffer, Rescale, Schedule
+from emulated_tiles import audit_tile, run_tile
+from flash_attn_3.config import Dtype, Mask, OutputBuffer, Rescale, Schedule, Score, SeqLayout
+from flash_attn_3.tile_table import ForwardTile, TileKey
 
 DENSE = {"batch": 1, "seqlen_q": 300, "seqlen_k": 450, "heads_q": 2, "heads_kv": 1}
 VARLEN = {"lens_q": (300, 0, 1, 200), "lens_k": (130, 5, 0, 300), "heads_q": 2, "heads_kv": 1}
@@ -85,6 +86,20 @@ def test_rows_do_not_depend_on_the_schedule(machine, case):
         found, found_lse = machine(run_tile, case, tensors, {"schedule": other}, range(3))
         assert torch.equal(found.nan_to_num(), out.nan_to_num())
         assert torch.equal(found_lse.nan_to_num(), lse.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("key", "tile", "dtype", "seq_layout"),
+    [
+        (TileKey(64, 64, Mask.CAUSAL, Score.SOFTCAP), ForwardTile(128, 96), Dtype.BF16, SeqLayout.VARLEN),
+        (TileKey(128, 128, Mask.LOCAL, Score.SCALED), ForwardTile(128, 64), Dtype.FP16, SeqLayout.VARLEN),
+        (TileKey(64, 64, Mask.FULL, Score.SCALED), ForwardTile(192, 128), Dtype.FP16, SeqLayout.DENSE),
+    ],
+    ids=str,
+)
+def test_right_kernels_pass_the_tuners_audit(machine, key, tile, dtype, seq_layout):
+    found = machine(audit_tile, key, tile, dtype, seq_layout)
+    assert len(found) == 4 and not any(found.values())
 
 
 @pytest.mark.parametrize(("case", "changes"), TILES, ids=str)

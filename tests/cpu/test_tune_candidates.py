@@ -1,6 +1,7 @@
 """Which tiles the tuner considers, and the shapes it measures them on."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -12,7 +13,15 @@ from flash_attn_3.config import ConfigError, Mask, Rescale, Schedule, Score
 from flash_attn_3.problem import normalize_mask
 from flash_attn_3.tile_table import HEAD_DIM_PAIRS, TABLE_FILE, ForwardTile, TileKey
 from flash_attn_3.tune import __main__ as command_line
-from flash_attn_3.tune.candidates import candidates, default_axes, distance, feasible_tiles, label
+from flash_attn_3.tune.candidates import (
+    along_axes,
+    candidates,
+    default_axes,
+    distance,
+    feasible_tiles,
+    label,
+    steps_from,
+)
 from flash_attn_3.tune.shapes import TuneShape, length_classes
 
 TABLE = tile_table.read(TABLE_FILE)
@@ -61,6 +70,32 @@ def test_a_present_tile_outside_of_the_axes_is_still_a_candidate():
     odd = ForwardTile(128, 16)
     axes = {name: values[:1] for name, values in default_axes().items()}
     assert candidates(CAUSAL_128, axes, [odd])[0] == odd
+
+
+FEW_AXES = default_axes() | {"block_n": (64, 96, 128), "num_stages": (2, 3), "polynomial_exp2_of_16": (0, 2)}
+
+
+@functools.cache
+def _few_tiles(key: TileKey) -> list[ForwardTile]:
+    return feasible_tiles(key, FEW_AXES)
+
+
+@given(st.sampled_from(KEYS), st.data())
+def test_a_step_along_an_axis_changes_as_little_as_can_be(key, data):
+    """Brute force, from any tile that can be built: for each value the nearest of the tiles that have it."""
+    tiles = _few_tiles(key)
+    tile = data.draw(st.sampled_from(tiles))
+    steps = along_axes(tile, tiles, FEW_AXES)
+    for name, values in FEW_AXES.items():
+        for value in values:
+            others = [other for other in tiles if getattr(other, name) == value]
+            if value == getattr(tile, name) or not others:
+                assert (name, value) not in steps
+            else:
+                step = steps.pop((name, value))
+                assert step in others
+                assert distance(tile, step) == min(distance(tile, other) for other in others)
+    assert not steps
 
 
 def test_distance_counts_fields_before_sizes():
@@ -112,7 +147,7 @@ def _dry_run(capsys, *arguments: str) -> list[str]:
 
 
 def test_dry_run_lists_the_chosen_keys(capsys):
-    names = _dry_run(capsys, "--head-dim", "128", "--mask", "causal", "full")
+    names = _dry_run(capsys, "--head-dim", "128", "--mask", "causal", "full", "--exhaustive")
     expected = [
         key.config(tile).name
         for key in (TileKey(128, 128, Mask.FULL, Score.SCALED), CAUSAL_128)
@@ -121,8 +156,29 @@ def test_dry_run_lists_the_chosen_keys(capsys):
     assert names == expected
 
 
+def test_the_first_stage_is_one_step_along_each_axis(capsys):
+    """So that a key needs tens of kernels, not thousands."""
+    names = _dry_run(capsys)
+    keys = [key for key in KEYS if key.score is Score.SCALED]
+    assert names == [
+        key.config(tile).name
+        for key in keys
+        for tile in steps_from(key, default_axes(), [choice.tile for choice in TABLE.choices[key]])
+    ]
+    assert len(keys) * 10 < len(names) < len(keys) * 40
+
+
+@pytest.mark.parametrize("key", [CAUSAL_128, TileKey(256, 256, Mask.FULL, Score.SCALED)], ids=str)
+def test_steps_have_every_value_that_can_be_had(key):
+    present = TABLE.choices[key][-1].tile
+    steps, feasible = steps_from(key, default_axes(), [present]), feasible_tiles(key, default_axes())
+    assert steps[0] == present and len(set(steps)) == len(steps) and set(steps) <= set(feasible)
+    for name in default_axes():
+        assert {getattr(tile, name) for tile in steps} == {getattr(tile, name) for tile in feasible}
+
+
 def test_axes_and_limit_prune(capsys):
-    arguments = ["--head-dim", "64", "--head-dim-v", "64", "--mask", "full"]
+    arguments = ["--exhaustive", "--head-dim", "64", "--head-dim-v", "64", "--mask", "full"]
     axes = ["--block-n", "64", "80", "--schedule", "both", "--num-stages", "2"]
     present = {TileKey(64, 64, Mask.FULL, Score.SCALED).config(c.tile).name for c in TABLE.choices[KEYS[0]]}
     pruned = set(_dry_run(capsys, *arguments, *axes)) - present
@@ -135,6 +191,7 @@ def test_axes_and_limit_prune(capsys):
     [
         (["--rescale", "sometimes"], "rescale='sometimes' is not supported; it must be eager or lazy or on_overflow"),
         (["--block-m", "wide"], "block_m='wide' is not supported; it must be an integer"),
+        (["--limit", "9"], "--limit: got 9; it must come with --exhaustive"),
         (["--rounds", "1"], "--rounds: got 1; it must be at least 2"),
         (["--table", "none.json"], "none.json"),
     ],
@@ -144,7 +201,9 @@ def test_wrong_options(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--limit", "-1"], ["--turns", "many"], ["--mask", "all"]])
+@pytest.mark.parametrize(
+    "arguments", [["--lengths", "0"], ["--limit", "-1"], ["--turns", "many"], ["--steps", "-1"], ["--mask", "all"]]
+)
 def test_options_that_are_refused_at_once(arguments, capsys):
     with pytest.raises(SystemExit):
         command_line.main(["--dry-run", *arguments])

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_attn_3.config import Mask, Score
+from flash_attn_3.config import Dtype, Mask, Rescale, Score, SeqLayout
 from flash_attn_3.tile_table import ForwardTile, TileChoice, TileKey
+from flash_attn_3.tune import process
 from flash_attn_3.tune.candidates import default_axes, feasible_tiles
-from flash_attn_3.tune.job import Job, Variant, job_from_plain, job_to_plain
-from flash_attn_3.tune.process import MOST_RESTARTS, Measured, Worker, WorkerError
+from flash_attn_3.tune.job import Audit, Job, Variant, job_from_plain, job_to_plain
+from flash_attn_3.tune.process import Measured, Worker, WorkerError
 from flash_attn_3.tune.shapes import TuneShape
+from flash_attn_3.tune.suspects import Suspects
 
 FAKE = Path(__file__).with_name("fake_tune_worker.py")
 KEY = TileKey(128, 128, Mask.CAUSAL, Score.SCALED)
@@ -50,12 +52,12 @@ def fake(tmp_path):
 
 def test_times_of_what_is_right(fake):
     with fake({"96": {"ms": 0.5}, "80": {"wrong": "relative error 1"}}) as worker:
-        measured = worker.measure(_job(PRESENT, GOOD, BAD, rounds=3))
+        measured = worker.measure(_job(PRESENT, GOOD, BAD, rounds=3), Suspects())
         assert measured.rounds_ms == {PRESENT: [1.0] * 3, GOOD: [0.5] * 3}
         assert measured.errors == {PRESENT: 0.003, GOOD: 0.003}
         assert measured.failed == {BAD: "relative error 1"}
         assert measured.abandoned is None
-        worker.measure(_job(PRESENT, GOOD))
+        worker.measure(_job(PRESENT, GOOD), Suspects())
         assert (worker.device, worker.versions) == ("fake GPU", {"torch": "none"})
     assert fake.starts() == 1, "one process serves many shapes"
 
@@ -71,43 +73,94 @@ def test_times_of_what_is_right(fake):
 )
 def test_a_variant_that_kills_the_process_costs_itself(fake, behaviour, reason, stage):
     worker = fake({"80": {behaviour: stage}}, timeout=2.0)
-    measured = worker.measure(_job(PRESENT, BAD, GOOD))
+    measured = worker.measure(_job(PRESENT, BAD, GOOD), Suspects())
     assert measured.failed == {BAD: reason}
     assert measured.rounds_ms == {PRESENT: [1.0, 1.0], GOOD: [1.0, 1.0]}, "only rounds of the process that survived"
     assert fake.starts() == 2
-    assert worker.measure(_job(PRESENT, GOOD)).abandoned is None
+    assert worker.measure(_job(PRESENT, GOOD), Suspects()).abandoned is None
     assert fake.starts() == 2, "the survivor goes on"
 
 
 def test_the_present_choice_may_be_the_one_that_crashes(fake):
-    measured = fake({"128": {"crash_in": "check"}}).measure(_job(PRESENT, GOOD))
+    measured = fake({"128": {"crash_in": "check"}}).measure(_job(PRESENT, GOOD), Suspects())
     assert measured.failed == {PRESENT: "crashed with exit code 7"}
     assert list(measured.rounds_ms) == [GOOD]
 
 
 def test_nothing_is_measured_when_only_the_present_choice_is_left(fake):
-    assert fake({}).measure(_job(PRESENT)) == Measured()
-    measured = fake({"80": {"crash_in": "check"}}).measure(_job(PRESENT, BAD))
+    assert fake({}).measure(_job(PRESENT), Suspects()) == Measured()
+    measured = fake({"80": {"crash_in": "check"}}).measure(_job(PRESENT, BAD), Suspects())
     assert (measured.rounds_ms, measured.failed) == ({}, {BAD: "crashed with exit code 7"})
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ({"unfit": "NaN in a key"}, "NaN in a key"),
+        ({"crash_in": "audit"}, "crashed with exit code 7"),
+        ({"hang_in": "audit"}, "hung: reported nothing for 2 s"),
+    ],
+)
+def test_audits(fake, behaviour, reason):
+    measured = fake({"80": behaviour}, timeout=2.0).measure(Audit(KEY, (BAD, GOOD), None), Suspects())
+    assert measured == Measured(failed={BAD: reason})
+
+
 def test_a_crash_with_no_kernel_running_gives_up_the_shape(fake):
-    measured = fake({"crashes_before_any": True}).measure(_job(PRESENT, GOOD))
+    measured = fake({"crashes_before_any": True}).measure(_job(PRESENT, GOOD), Suspects())
     assert measured.abandoned == "crashed with exit code 3, with no kernel running"
     assert not measured.rounds_ms and not measured.failed
 
 
-def test_a_shape_is_given_up_after_many_crashes(fake):
-    block_ns = range(16, 16 * (MOST_RESTARTS + 4), 16)
-    script = {str(n): {"crash_in": "check"} for n in block_ns}
-    measured = fake(script).measure(_job(GOOD, *map(_variant, block_ns)))
-    assert len(measured.failed) == MOST_RESTARTS + 1 == fake.starts()
-    assert measured.abandoned == f"{MOST_RESTARTS + 1} kernels hung or crashed"
+def test_a_shape_is_given_up_after_many_crashes(fake, monkeypatch):
+    """None of which has a value in common with another one but those with which a kernel ran."""
+    monkeypatch.setattr(process, "MOST_RESTARTS", 3)
+    block_ns = range(16, 128, 16)
+    script = {str(n): {"crash_in": "check"} for n in block_ns} | {"8": {"ms": 1.0}}
+    measured = fake(script).measure(_job(_variant(8), *map(_variant, block_ns)), Suspects())
+    assert len(measured.failed) == 4 == fake.starts()
+    assert measured.abandoned == "4 kernels hung or crashed"
+
+
+def _lazy(block_n: int) -> Variant:
+    tile = ForwardTile(128, block_n, rescale=Rescale.LAZY)
+    return Variant(TileChoice(None, tile, 1), "source", "build")
+
+
+def test_a_value_that_kernels_die_of_costs_two_of_them(fake):
+    """And not the shape: the others are measured. Nor does it cost another shape anything."""
+    lazy = [_lazy(block_n) for block_n in range(144, 256, 16)]
+    worker = fake({str(v.choice.tile.block_n): {"crash_in": "check"} for v in lazy})
+    suspects = Suspects()
+    measured = worker.measure(_job(PRESENT, *lazy, GOOD), suspects)
+    assert measured.abandoned is None and set(measured.rounds_ms) == {PRESENT, GOOD}
+    reasons = [measured.failed[variant] for variant in lazy]
+    assert reasons[:2] == ["crashed with exit code 7"] * 2
+    assert set(reasons[2:]) == {"left out: 2 tiles with rescale=lazy hung or crashed, none was right"}
+    assert fake.starts() == 3
+    assert set(worker.measure(_job(PRESENT, GOOD, *lazy[2:]), suspects).failed) == set(lazy[2:])
+    assert fake.starts() == 3
+
+
+def test_a_value_that_one_kernel_was_right_with_is_not_suspected(fake):
+    lazy = [_lazy(block_n) for block_n in (144, 160, 176, 192)]
+    measured = fake({"160": {"hang_in": "check"}, "192": {"crash_in": "check"}}, timeout=2.0).measure(
+        _job(PRESENT, *lazy), Suspects()
+    )
+    assert set(measured.failed) == {lazy[1], lazy[3]} and set(measured.rounds_ms) == {PRESENT, lazy[0], lazy[2]}
+
+
+def test_the_present_choice_is_never_left_out(fake):
+    suspects = Suspects()
+    for tile in (ForwardTile(128, 32), ForwardTile(128, 48)):
+        suspects.died(tile)
+    measured = fake({}).measure(_job(PRESENT, GOOD, _lazy(144)), suspects)
+    assert set(measured.failed) == {GOOD, _lazy(144)}, "not the present one, which shares its rows with the dead"
 
 
 def test_a_process_that_does_not_start(fake):
     with pytest.raises(WorkerError, match=r"does not start: crashed with exit code 5"):
-        fake({"dies_at_start": True}).measure(_job(PRESENT, GOOD))
+        fake({"dies_at_start": True}).measure(_job(PRESENT, GOOD), Suspects())
 
 
 def test_the_real_process_says_why_it_cannot_measure_here():
@@ -117,7 +170,7 @@ def test_the_real_process_says_why_it_cannot_measure_here():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(WorkerError, match="does not start: crashed: "), Worker(20.0) as worker:
-        worker.measure(_job(PRESENT, GOOD))
+        worker.measure(_job(PRESENT, GOOD), Suspects())
 
 
 @given(st.data())
@@ -127,7 +180,8 @@ def test_jobs_travel_unchanged(data):
     )
     tiles = st.sampled_from(feasible_tiles(key, default_axes()))
     choices = st.builds(TileChoice, st.none() | st.integers(1, 2**20), tiles, st.integers(1, 2**40))
-    variants = st.builds(Variant, choices, st.text(), st.text(), st.booleans())
+    kernels = st.sampled_from(Dtype), st.sampled_from(SeqLayout)
+    variants = st.builds(Variant, choices, st.text(), st.text(), st.booleans(), *kernels)
     job = Job(
         shape=TuneShape.of(key, data.draw(st.integers(1, 2**17))),
         variants=tuple(data.draw(st.lists(variants, max_size=5))),
@@ -136,4 +190,6 @@ def test_jobs_travel_unchanged(data):
         turns=tuple(data.draw(st.lists(st.integers(1, 9)))),
         drop_behind=data.draw(st.floats(0, 1)),
     )
-    assert job_from_plain(json.loads(json.dumps(job_to_plain(job)))) == job
+    audit = Audit(key, job.variants, job.kernels)
+    for sent in (job, audit):
+        assert job_from_plain(json.loads(json.dumps(job_to_plain(sent)))) == sent

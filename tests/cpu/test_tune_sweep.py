@@ -15,6 +15,7 @@ from flash_attn_3.config import Mask, Score
 from flash_attn_3.tile_table import TABLE_FILE, ForwardTile, TileChoice, TileKey
 from flash_attn_3.tune import __main__ as command_line
 from flash_attn_3.tune.build import build
+from flash_attn_3.tune.job import Audit
 from flash_attn_3.tune.process import Measured, Worker
 from flash_attn_3.tune.shapes import length_classes
 from flash_attn_3.tune.sweep import Effort, KeySweep
@@ -38,11 +39,13 @@ cat kernel.cu > kernel.cubin
 
 @pytest.fixture
 def tuner(workbench, tmp_path, monkeypatch):
-    """`tuner(script, *arguments)` runs the command line; returns its exit status. Files: table.json, tune.json."""
+    """`tuner(script, *arguments)` runs the command line, with `--exhaustive` unless it is to go `in_steps`; returns its
+    exit status. Files: table.json, tune.json.
+    """
     workbench.write_compiler(STUB)
     tile_table.write(TABLE, tmp_path / "table.json")
 
-    def run(script: dict, *arguments: str) -> int:
+    def run(script: dict, *arguments: str, in_steps: bool = False) -> int:
         (tmp_path / "script.json").write_text(json.dumps(script))
         fake = (sys.executable, str(FAKE), str(tmp_path / "script.json"))
         monkeypatch.setattr(command_line, "Worker", functools.partial(Worker, command=fake))
@@ -60,7 +63,7 @@ def tuner(workbench, tmp_path, monkeypatch):
             "--polynomial-exp2-of-16",
             "0",
         ]
-        return command_line.main([*files, *small, *fixed, *arguments])
+        return command_line.main([*files, *small, *fixed, *([] if in_steps else ["--exhaustive"]), *arguments])
 
     run.table = lambda: tile_table.read(tmp_path / "table.json")
     run.report = lambda: json.loads((tmp_path / "tune.json").read_text())
@@ -117,6 +120,20 @@ def test_a_crash_and_a_hang_leave_the_rest(tuner):
     assert sorted(reasons) == ["crashed with exit code 7", "hung: reported nothing for 2 s"]
 
 
+def test_a_broken_value_is_left_out_and_the_rest_decided(tuner):
+    """Of four tiles with it two are tried, on one length; the report says why the others are not."""
+    script = {"96": {"ms": 0.9}, "rescale=lazy": {"crash_in": "check"}}
+    axes = ["--block-n", "96", "112", "128", "144", "--rescale", "eager", "lazy"]
+    assert tuner(script, *axes, "--lengths", "512", "8192", "--class-bounds") == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
+    first, *others = tuner.report()["keys"][0]["shapes"]
+    reasons = [failure["reason"] for failure in first["failed"]]
+    assert reasons.count("crashed with exit code 7") == 2 and len(reasons) == 4
+    assert not any(shape["failed"] for shape in others)
+    left_out = "2 left out: 2 tiles with rescale=lazy hung or crashed, none was right"
+    assert f"9 in all, 2 wrong, hung or crashed, {left_out};" in tuner.summary()
+
+
 def test_a_kernel_that_fails_on_one_length_is_chosen_for_none(tuner):
     script = {"96": {"ms": 0.8, "wrong_from": 8192}, "112": {"ms": 0.9}}
     assert tuner(script, "--block-n", "96", "112") == 0
@@ -128,6 +145,56 @@ def test_a_tile_whose_other_kernels_spill_is_not_chosen(tuner):
     assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
     (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
     assert re.match(r"spills 8 bytes, as fwd_fp16_d128_causal_\w+", dropped)
+
+
+def test_a_tile_that_is_unfit_for_other_calls_is_not_chosen(tuner):
+    script = {"96": {"ms": 0.7, "unfit": "NaN in a key: out is wrong"}, "112": {"ms": 0.8}}
+    assert tuner(script, "--block-n", "96", "112") == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 112)]
+    (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
+    assert re.fullmatch(r"unfit: NaN in a key: out is wrong, as fwd_fp16_d128_causal_dense_\w+", dropped)
+    assert "1 unfit for other calls" in tuner.summary()
+
+
+def test_an_audit_has_all_kernels_that_would_serve(tuner):
+    """Those of one warpgroup, too."""
+    script = {"112": {"ms": 0.8}, "block_m=64": {"crash_in": "audit"}}
+    assert tuner(script, "--block-n", "112", "--lengths", "8192") == 0
+    assert tuner.table().choices == TABLE.choices
+    (dropped,) = [c["dropped"] for c in tuner.report()["keys"][0]["candidates"] if "dropped" in c]
+    assert dropped.startswith("unfit: crashed with exit code 7, as fwd_fp16_d128_causal_dense_scaled_m64n112")
+
+
+STEP_AXES = ["--block-n", "96", "112", "128", "--rescale", "eager", "lazy", "on_overflow", "--num-q-stages", "1", "2"]
+
+
+def test_a_sweep_goes_on_from_the_fastest_until_it_stays(tuner):
+    assert tuner({"96": {"ms": 0.8}}, *STEP_AXES, "--lengths", "512", "8192", "--class-bounds", in_steps=True) == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
+    (row,) = tuner.report()["keys"]
+    tiles = [(c["block_n"], c["rescale"], c["num_q_stages"]) for c in row["candidates"]]
+    first = [(128, "eager", 2), (96, "eager", 2), (112, "eager", 2)]
+    first += [(128, "lazy", 2), (128, "on_overflow", 2), (128, "eager", 1)]
+    assert tiles == [*first, (96, "lazy", 2), (96, "on_overflow", 2), (96, "eager", 1)]
+    heats = [shape for shape in row["shapes"] if shape["stage"] == "heat"]
+    measured = [{time["candidate"] for time in shape["times"]} for shape in heats]
+    assert measured == [set(range(6))] * 2 + [{0, 1, 2, 6, 7, 8}] * 2, "leaders stay, what is new comes, once a length"
+
+
+@pytest.mark.parametrize(("steps", "num_tiles"), [("0", 6), ("1", 9)])
+def test_steps_are_limited(tuner, steps, num_tiles):
+    assert tuner({"96": {"ms": 0.8}}, *STEP_AXES, "--lengths", "8192", "--steps", steps, in_steps=True) == 0
+    assert len(tuner.report()["keys"][0]["candidates"]) == num_tiles
+
+
+def test_steps_take_what_was_compiled_where_nothing_can_be(tuner, tmp_path, monkeypatch):
+    folder = str(tmp_path / "kernels")
+    assert tuner({}, *STEP_AXES, "--compile-only", "--kernels", folder, in_steps=True) == 0
+    monkeypatch.setenv("FLASH_ATTN_3_JIT", "0")
+    assert tuner({"96": {"ms": 0.8}}, *STEP_AXES, "--kernels", folder, in_steps=True) == 0
+    assert _blocks(tuner.table().choices[KEY]) == [(None, 96)]
+    dropped = [c.get("dropped", "") for c in tuner.report()["keys"][0]["candidates"]]
+    assert [why.startswith("not built") for why in dropped] == [False] * 6 + [True] * 3
 
 
 def test_nothing_better_keeps_the_table_but_says_that_it_was_measured(tuner):
@@ -194,7 +261,9 @@ class Recorder:
     def __init__(self) -> None:
         self.jobs = []
 
-    def measure(self, job):
+    def measure(self, job, suspects):
+        if isinstance(job, Audit):
+            return Measured()
         self.jobs.append(job)
         problem = job.shape.problem(132)
         heads = {v: heuristics.plan_choice(problem, v.choice).heads_per_section for v in job.variants}
@@ -204,7 +273,7 @@ class Recorder:
 def _sweep(workbench, key: TileKey, tiles: list[ForwardTile], **changes) -> tuple[KeySweep, Recorder]:
     workbench.write_compiler(STUB)
     options = {
-        "lengths": (1024, 16384), "classes": tuple(length_classes([])), "finalists": 1,
+        "lengths": (1024, 16384), "classes": tuple(length_classes([])), "steps": 0, "finalists": 1,
         "l2_budgets": (1, 8 * MB, 512 * MB), "warm_up": 1, "heat_turns": (2,), "rounds": 2, "turns": 3,
         "drop_behind": 0.1, "deadline": float("inf"),
     }  # fmt: skip

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from flash_attn_3 import cpu_backend
-from flash_attn_3.config import Mask, Score
+from flash_attn_3.config import Dtype, Mask, Score, SeqLayout
 from flash_attn_3.heuristics import plan_forward
 from flash_attn_3.launch import cuda_forward, forward_problem
 from flash_attn_3.signature import ForwardOptions, forward_signature
 from flash_attn_3.tile_table import ForwardTile, TileChoice, TileKey
 from flash_attn_3.tune import launch, worker
-from flash_attn_3.tune.job import Job, Variant
+from flash_attn_3.tune.job import Audit, Job, Variant
 from flash_attn_3.tune.shapes import TuneShape
 
 KEY = TileKey(64, 64, Mask.CAUSAL, Score.SCALED)
@@ -34,7 +34,7 @@ def events(monkeypatch):
             return call
 
         monkeypatch.setattr(worker, "prepare", prepare)
-        monkeypatch.setattr(worker, "_load", lambda job, variant: None)
+        monkeypatch.setattr(worker, "_load", lambda *_: None)
         monkeypatch.setattr(worker, "_num_sms", lambda: 132)
         monkeypatch.setattr(worker, "_time", lambda job, calls, emit: timed.extend(calls))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -121,6 +121,61 @@ def test_slow_variants_are_left_out_after_the_first_round_but_never_the_present_
     rounds = [fields["ms"] for event, fields in found if event == "round"]
     assert [sorted(ms) for ms in rounds] == [["0", "1", "2", "3"], left, left]
     assert ("launching", {"variant": 2}) in found
+
+
+# -- auditing --------------------------------------------------------------------------------------------------------
+
+SERVED = [(dtype, layout) for dtype in Dtype for layout in SeqLayout]
+
+
+def _audit(monkeypatch, spoil=lambda config, out, lse: None) -> list[tuple[str, dict]]:
+    """What an audit reports of a kernel for each dtype and layout, on the CPU's model of them."""
+
+    def prepare(kernel, problem, plan, softcap, tensors, cu_seqlens):
+        def call():
+            *_, out, lse = tensors
+            scales = (tensors[0].shape[-1] ** -0.5, softcap)
+            cpu_backend.forward(plan, problem, *tensors, *cu_seqlens, None, None, *scales)
+            spoil(plan.config, out, lse)
+
+        return call
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    monkeypatch.setattr(worker, "_load", lambda *_: None)
+    monkeypatch.setattr(worker, "_num_sms", lambda: 132)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    choice = TileChoice(None, ForwardTile(128, 64), 1)
+    found: list[tuple[str, dict]] = []
+    variants = tuple(Variant(choice, "", "", False, *served) for served in SERVED)
+    worker.audit(Audit(KEY, variants, None), lambda event, **fields: found.append((event, fields)), device="cpu")
+    return found
+
+
+def test_an_audit_launches_each_dtype_and_layout(monkeypatch):
+    launched = []
+    found = _audit(monkeypatch, lambda config, out, lse: launched.append((config.dtype, config.seq_layout)))
+    assert [event for event, _ in found] == ["launching", "audited"] * 4 + ["done"]
+    assert [fields["variant"] for _, fields in found[:-1]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert launched == [served for served in SERVED for _ in range(4)]
+
+
+def test_an_audit_names_the_call_that_a_kernel_fails_on(monkeypatch):
+    def spoil(config, out, lse):
+        if config.seq_layout is SeqLayout.VARLEN and config.dtype is Dtype.FP16:
+            out.nan_to_num_()
+
+    failures = [fields for event, fields in _audit(monkeypatch, spoil) if event == "failed"]
+    reason = "NaN in a key, heads packed never: out is NaN in other rows than it should be"
+    assert failures == [{"variant": SERVED.index((Dtype.FP16, SeqLayout.VARLEN)), "reason": reason}]
+
+
+def test_a_launch_that_an_audit_cannot_make_is_a_failure(monkeypatch):
+    def spoil(config, out, lse):
+        if config.dtype is Dtype.BF16:
+            raise ValueError("num_ctas is wrong")
+
+    reasons = [fields["reason"] for event, fields in _audit(monkeypatch, spoil) if event == "failed"]
+    assert reasons == ["cannot be launched: ValueError: num_ctas is wrong"] * 2
 
 
 # -- launching -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from flash_attn_3.backward_plan import BackwardProblem, plan_backward
 from flash_attn_3.config import Dtype, ForwardConfig, KernelConfig, Score, SeqLayout
 from flash_attn_3.heuristics import forward_config
 from flash_attn_3.problem import HOPPER_SMS, ForwardProblem, normalize_mask
+from flash_attn_3.tile_table import ForwardTile
+from flash_attn_3.tune.candidates import label
 
 #: Multiprocessors that small calls are left with: so few that CTAs have several tiles.
 FEW_SMS = 3
@@ -23,6 +25,7 @@ class Case:
     """One call. Lengths (rows): `seqlen_*` of a dense side; `lens_*` of a side given by cu_seqlens; `used_*` = seqused.
 
     `head_dim_v` 0 means `head_dim`. `spare_*` rows are stored after the last sequence of a cu_seqlens side.
+    `nan_keys`: rows of k, counted through all sequences, that begin with NaN in the first head.
     """
 
     head_dim: int = 128
@@ -44,6 +47,7 @@ class Case:
     used_k: tuple[int, ...] | None = None
     spare_q: int = 0
     spare_k: int = 0
+    nan_keys: tuple[int, ...] = ()
     seed: int = 0
     #: Whether all multiprocessors serve the call even if it is small, and its tiles have few rows then.
     all_sms: bool = False
@@ -152,6 +156,7 @@ _SHORT_NAMES = {
     "used_k": "usedk",
     "spare_q": "spareq",
     "spare_k": "sparek",
+    "nan_keys": "nank",
     "with_dlse": "dlse",
 }
 
@@ -161,6 +166,8 @@ def _shown(value: object) -> str:
         return ""
     if isinstance(value, torch.dtype):
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}[value]
+    if isinstance(value, ForwardTile):
+        return label(value).replace(" ", "")
     if isinstance(value, tuple):
         shown = ",".join(map(str, value[:4]))
         return shown if len(value) <= 4 else f"{shown}..x{len(value)}"

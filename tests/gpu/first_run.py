@@ -1,4 +1,5 @@
-"""For a GPU, a driver or a toolkit that has not run the kernels yet: calls from the simplest to the hardest.
+"""For a GPU, a driver or a toolkit that has not run the kernels yet: calls from the simplest to the hardest; at the end
+those by tiles that only the tuner tries.
 
     python -m tests.gpu.first_run
 
@@ -20,6 +21,7 @@ import torch
 from .cases import Case, GradientCase
 from .sanitizer_gradients import run_case as run_gradient_case
 from .sanitizer_subset import run_case
+from .tiles import TileCase, cases_along_axes, run_tile_case
 
 #: Seconds, with a kernel's compilation and the process's start.
 DEADLINE = 90.0
@@ -30,7 +32,17 @@ ONE_BLOCK_OF_KEYS = {**ONE_TILE, "seqlen_q": 1000}
 SEVERAL_TILES = {**ONE_TILE, "seqlen_q": 500, "seqlen_k": 1000}
 #: More than one for each multiprocessor.
 MANY_TILES = {"batch": 4, "heads_q": 16, "heads_kv": 4, "seqlen_q": 1000, "seqlen_k": 1000}
+DENSE = {"batch": 1, "heads_q": 4, "heads_kv": 2}
 PACKED = {"lens_q": (70, 0, 500, 3), "lens_k": (130, 5, 700, 0), "heads_q": 2, "heads_kv": 1}
+#: Made by tiles with each value of each axis of the tuner's, which differ from the table's tile in as little as can be.
+CALLS = {
+    "ragged tails": {**DENSE, "seqlen_q": 300, "seqlen_k": 450},
+    "large scores": {**DENSE, "seqlen_q": 300, "seqlen_k": 450, "softmax_scale": 20.0},
+    "packed sequences": {**PACKED, "heads_q": 4, "causal": True},
+    "NaN in a key": {**DENSE, "seqlen_q": 300, "seqlen_k": 450, "causal": True, "nan_keys": (200,)},
+}
+#: Head dims of those calls: the last one that has a tile with the value.
+AXES_HEAD_DIMS = (64, 128)
 #: (head_dim, head_dim_v), each of which the backward pass computes in another way.
 WAYS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 
@@ -56,7 +68,14 @@ STEPS: dict[str, Case] = {
             "window, packed sequences in order": {**PACKED, "window_size": (100, 50), "deterministic": True},
         }.items()
     },
+    **{
+        f"tile with {name}, {what}": case
+        for what, options in CALLS.items()
+        for d in AXES_HEAD_DIMS
+        for name, case in cases_along_axes(Case(d, **options)).items()
+    },
 }
+_RUN = {Case: run_case, GradientCase: run_gradient_case, TileCase: run_tile_case}
 
 
 def take_steps(command: Sequence[str], num_steps: int, deadline: float) -> Iterator[tuple[int, str]]:
@@ -112,7 +131,7 @@ def run_steps(begin: int) -> None:
         _say(f"begin {number}")
         outcome = ""
         try:
-            (run_gradient_case if isinstance(case, GradientCase) else run_case)(case)
+            _RUN[type(case)](case)
         except AssertionError as error:
             outcome = f"wrong: {_first_line(error)}"
         except Exception as error:

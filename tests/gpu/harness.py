@@ -47,7 +47,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def make_tensors(case: Case, device: str | torch.device = "cuda") -> Tensors:
-    """Random normal q, k and v; every row that belongs to no sequence is poisoned."""
+    """Random normal q, k and v, but for the case's NaN; every row that belongs to no sequence is poisoned."""
     generator = torch.Generator(device=device).manual_seed(case.seed)
 
     def rows_of(
@@ -62,7 +62,7 @@ def make_tensors(case: Case, device: str | torch.device = "cuda") -> Tensors:
             rows[-spare:] = next(poisons)
         return rows
 
-    return Tensors(
+    tensors = Tensors(
         q=rows_of(case.lens_q, case.used_q, case.seqlen_q, case.spare_q, case.heads_q, case.head_dim),
         k=rows_of(case.lens_k, case.used_k, case.seqlen_k, case.spare_k, case.heads_kv, case.head_dim),
         v=rows_of(case.lens_k, case.used_k, case.seqlen_k, case.spare_k, case.heads_kv, case.dv),
@@ -71,6 +71,9 @@ def make_tensors(case: Case, device: str | torch.device = "cuda") -> Tensors:
         seqused_q=_int32(case.used_q, device),
         seqused_k=_int32(case.used_k, device),
     )
+    for row in case.nan_keys:
+        tensors.k.flatten(0, -3)[row, 0, 0] = float("nan")
+    return tensors
 
 
 def run(case: Case, tensors: Tensors, **options: object) -> tuple[torch.Tensor, torch.Tensor]:

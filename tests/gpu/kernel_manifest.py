@@ -2,7 +2,8 @@
 
     python -m tests.gpu.kernel_manifest > kernels.txt
 
-The names come from the tests themselves: every `Case` among a collected test's parameters is a call it makes.
+The names come from the tests themselves: every `Case` among a collected test's parameters is a call it makes. Those of
+`first_run` are among them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from .cases import Case
+from .first_run import STEPS
 
 
 def _cases_in(value: object) -> Iterator[Case]:
@@ -39,14 +41,14 @@ class _Collector:
 
 
 def collect_cases() -> list[Case]:
-    """Every call that the GPU tests make. Raises RuntimeError if collection fails."""
+    """Every call that the GPU tests and `first_run` make. Raises RuntimeError if collection fails."""
     collector = _Collector()
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = pytest.main(["--collect-only", "-q", str(pathlib.Path(__file__).parent)], plugins=[collector])
     if code != pytest.ExitCode.OK:
         raise RuntimeError(f"the GPU tests cannot be collected:\n{output.getvalue()[-4000:]}")
-    return collector.cases
+    return [*collector.cases, *STEPS.values()]
 
 
 def kernel_names(cases: Iterable[Case]) -> list[str]:

@@ -1,16 +1,30 @@
 """The tuner's measuring process on a GPU: it checks and times real kernels."""
 
 import pytest
+import torch
 
 from flash_attn_3 import compiler
-from flash_attn_3.tile_table import TileChoice, TileKey, forward_tiles
-from flash_attn_3.tune.job import Job, Variant
-from flash_attn_3.tune.process import Worker
+from flash_attn_3.tile_table import ForwardTile, TileChoice, TileKey, forward_tiles
+from flash_attn_3.tune.job import Audit, Job, Variant
+from flash_attn_3.tune.process import Measured, Worker
 from flash_attn_3.tune.shapes import TuneShape
+from flash_attn_3.tune.suspects import Suspects
 
 from .cases import CAUSAL, FULL, Case, each
 
 pytestmark = pytest.mark.hardware
+
+
+@each([Case(dtype=dtype, causal=True) for dtype in (torch.bfloat16, torch.float16)])
+def test_present_kernels_are_fit_for_other_calls(case):
+    config = case.kernel_config()
+    kernel = compiler.get_kernel(config)
+    key = TileKey(config.head_dim, config.head_dim_v, config.mask, config.score)
+    entry = (kernel.meta["source_key"], kernel.meta["build_key"])
+    choice = TileChoice(None, ForwardTile.of(config), 1)
+    variant = Variant(choice, *entry, dtype=config.dtype, seq_layout=config.seq_layout)
+    with Worker(timeout=60.0) as worker:
+        assert worker.measure(Audit(key, (variant,), str(kernel.folder.parent)), Suspects()) == Measured()
 
 
 @each(Case(causal=mask.causal) for mask in (FULL, CAUSAL))
@@ -28,7 +42,7 @@ def test_present_kernels_are_right_and_timed(case):
     shape = TuneShape(key, batch=4, seqlen=500, heads=4)
     job = Job(shape, variants, str(kernel.folder.parent), warm_up=1, turns=(2, 2), drop_behind=10.0)
     with Worker(timeout=60.0) as worker:
-        measured = worker.measure(job)
+        measured = worker.measure(job, Suspects())
     assert measured.failed == {} and measured.abandoned is None
     assert all(len(measured.rounds_ms[v]) == 2 and min(measured.rounds_ms[v]) > 0 for v in variants)
     assert all(0 < measured.errors[v] < 1e-2 for v in variants)

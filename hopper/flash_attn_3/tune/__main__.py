@@ -1,11 +1,13 @@
 """Measure the tiles that kernels can have, and write the planner's table.
 
     python -m flash_attn_3.tune --dry-run --head-dim 128 --mask causal       list the candidates
-    python -m flash_attn_3.tune --compile-only --kernels DIR                 compile them; needs no GPU
+    python -m flash_attn_3.tune --compile-only --kernels DIR                 compile the first; needs no GPU
     python -m flash_attn_3.tune --kernels DIR --report FILE                  measure them and update the table
 
-Every combination of the axes that can be built is compiled; its result is checked; what is right is timed in turns
-with the table's present choice, which it replaces only where it is faster by more than the spread of the measurement.
+From the table's present tiles one step along each axis is compiled; the results are checked; what is right is timed in
+turns with the present choice; and then one step along each axis from the fastest, until it stays the fastest. With
+--exhaustive every combination that can be built is compiled at once. The present choice is replaced only where another
+is faster by more than the spread of the measurement.
 A sweep may be made in parts: a run changes what it measured and keeps the rest of the table and of the report.
 """
 
@@ -29,7 +31,7 @@ from ..plain_data import field_types, parse
 from ..tile_table import HEAD_DIM_PAIRS, TABLE_FILE, ForwardTile, TileKey, TileTable
 from . import report
 from .build import build
-from .candidates import candidates, default_axes, describe
+from .candidates import Axes, candidates, default_axes, describe, steps_from
 from .process import Worker, WorkerError
 from .rewrite import updated
 from .shapes import length_classes
@@ -64,7 +66,8 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--score", nargs="+", choices=scores, default=["scaled"])
     _add_counts(group, "--lengths", [512, 1024, 2048, 4096, 8192, 16384], "of the sequences that are measured")
     _add_counts(group, "--class-bounds", [1024, 4096], "lengths at which one entry of the table ends", nargs="*")
-    group.add_argument("--limit", type=_positive, metavar="N", help="most candidates of a kind: the nearest to present")
+    group.add_argument("--exhaustive", action="store_true", help="every combination of the axes: thousands of a kind")
+    group.add_argument("--limit", type=_positive, metavar="N", help="most of those: the nearest to the present tiles")
 
 
 def _add_counts(
@@ -75,6 +78,12 @@ def _add_counts(
     shown = " ".join(map(str, default)) if several else default
     options = {"nargs": nargs} if several else {}
     group.add_argument(name, type=_positive, default=default, metavar="N", help=f"{text}; default: {shown}", **options)
+
+
+def _natural(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {word!r}; it must be an integer from 0 on")
+    return int(word)
 
 
 def _positive(word: str) -> int:
@@ -93,6 +102,9 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--l2-mb", type=float, nargs="*", default=[2, 4, 8, 16, 32], metavar="MB", help="not for full masks"
     )
+    group.add_argument(
+        "--steps", type=_natural, default=3, metavar="N", help="most steps from the first tiles; default: 3"
+    )
     _add_counts(group, "--finalists", 3, "tiles measured again, with every L2 budget")
     _add_counts(group, "--warm-up", 1, "launches before the first turn")
     _add_counts(group, "--heat-turns", [2, 4], "turns in each round of a heat")
@@ -110,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.rounds < 2:
             raise ValueError(f"--rounds: got {options.rounds}; it must be at least 2, since one round has no spread")
-        table, keys, axes = tile_table.read(options.table), _keys(options), _axes(options)
-        tiles = {
-            key: candidates(key, axes, (choice.tile for choice in table.choices[key]), options.limit) for key in keys
-        }
+        if options.limit is not None and not options.exhaustive:
+            raise ValueError(f"--limit: got {options.limit}; it must come with --exhaustive")
+        table = tile_table.read(options.table)
+        tiles = {key: _first_tiles(options, key, table) for key in _keys(options)}
+        keys = list(tiles)
         if options.dry_run:
             print("\n".join(describe(key, tile) for key in keys for tile in tiles[key]))
             return 0
@@ -146,10 +159,19 @@ def _axes(options: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     return axes
 
 
+def _first_tiles(options: argparse.Namespace, key: TileKey, table: TileTable) -> list[ForwardTile]:
+    """What is compiled before anything is measured."""
+    present = [choice.tile for choice in table.choices[key]]
+    if options.exhaustive:
+        return candidates(key, _axes(options), present, options.limit)
+    return steps_from(key, _axes(options), present)
+
+
 def _effort(options: argparse.Namespace, started: float) -> Effort:
     return Effort(
         lengths=tuple(sorted(set(options.lengths))),
         classes=tuple(length_classes(options.class_bounds)),
+        steps=0 if options.exhaustive else options.steps,
         finalists=options.finalists,
         l2_budgets=tuple(round(megabytes * report.MEGABYTE) for megabytes in options.l2_mb),
         warm_up=options.warm_up,
@@ -159,6 +181,10 @@ def _effort(options: argparse.Namespace, started: float) -> Effort:
         drop_behind=options.drop_behind,
         deadline=started + options.time_limit,
     )
+
+
+def _neighbours(key: TileKey, axes: Axes, tile: ForwardTile) -> list[ForwardTile]:
+    return steps_from(key, axes, [tile])
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -185,7 +211,8 @@ def _sweep(
             if time.monotonic() > effort.deadline:
                 print(f"{key}: not begun, the time is over", file=sys.stderr)
                 continue
-            sweep = KeySweep(key, candidates_of_key, table, compile_them, worker, effort, options.kernels)
+            neighbours = functools.partial(_neighbours, key, _axes(options))
+            sweep = KeySweep(key, candidates_of_key, table, compile_them, worker, effort, options.kernels, neighbours)
             results.append(sweep.run())
             run |= {"device": worker.device, "versions": worker.versions, "command": command}
             table = updated(table, key, results[-1].decisions, run)

@@ -31,6 +31,12 @@ class Built:
     dropped: dict[ForwardConfig, str] = dataclasses.field(default_factory=dict)
     missing: set[ForwardConfig] = dataclasses.field(default_factory=set)
 
+    def add(self, other: Built) -> None:
+        """Take over what became of other candidates."""
+        self.kernels |= other.kernels
+        self.dropped |= other.dropped
+        self.missing |= other.missing
+
 
 def kernel_store(folder: Path | None) -> KernelStore:
     """The folder that kernels are compiled into and loaded from; None: the user's cache."""

@@ -1,4 +1,4 @@
-"""Which tiles are worth compiling: every combination of the axes that `ForwardConfig.validate` accepts.
+"""Which tiles are worth compiling: one step along each axis, or each combination that `ForwardConfig.validate` accepts.
 
 The axes are the fields of `ForwardTile`. An enum's values are its members; a number's are listed here or, where they
 are not, its default alone.
@@ -69,6 +69,29 @@ def candidates(key: TileKey, axes: Axes, present: Iterable[ForwardTile], limit: 
     others.sort(key=lambda tile: min((distance(tile, other) for other in present), default=(0, 0.0)))
     room = len(others) if limit is None else max(0, limit - len(present))
     return present + others[:room]
+
+
+def steps_from(key: TileKey, axes: Axes, present: Iterable[ForwardTile]) -> list[ForwardTile]:
+    """The present tiles, and one step from each of them along each axis."""
+    present, tiles = list(present), feasible_tiles(key, axes)
+    steps = [step for tile in present for step in along_axes(tile, tiles, axes).values()]
+    return list(dict.fromkeys([*present, *steps]))
+
+
+def along_axes(tile: ForwardTile, tiles: Iterable[ForwardTile], axes: Axes) -> dict[tuple[str, Any], ForwardTile]:
+    """One step along each axis: (axis, value) -> of `tiles` the one with that value that differs least from `tile`.
+
+    That is `tile` with this value alone changed where that can be built; else others change with it. Values that `tile`
+    has itself, or that none of `tiles` has, are left out.
+    """
+    found: dict[tuple[str, Any], ForwardTile] = {}
+    nearest = sorted(tiles, key=lambda other: distance(tile, other))
+    for name, values in axes.items():
+        for value in values:
+            step = next((other for other in nearest if getattr(other, name) == value), None)
+            if step is not None and value != getattr(tile, name):
+                found[name, value] = step
+    return found
 
 
 def distance(first: ForwardTile, second: ForwardTile) -> tuple[int, float]:

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from ..problem import MaskSpec
 from .shapes import TuneShape
 
 #: (sequence, head) pairs that are compared, spread over the batch.
@@ -61,28 +62,33 @@ def checked_heads(shape: TuneShape) -> list[tuple[int, int]]:
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: TuneShape) -> Reference:
     """Plain attention in float64. q, k: (batch, seqlen, heads, head_dim); v: (batch, seqlen, heads, head_dim_v)."""
     results = [
-        _attend(*(x[sequence, :, head].double() for x in (q, k, v)), shape) for sequence, head in checked_heads(shape)
+        attend(*(x[sequence, :, head].double() for x in (q, k, v)), shape.mask, shape.softcap)
+        for sequence, head in checked_heads(shape)
     ]
     return Reference(*(torch.stack(part) for part in zip(*results, strict=True)))
 
 
-def _attend(
-    q: torch.Tensor,  # (seqlen, head_dim)
-    k: torch.Tensor,  # (seqlen, head_dim)
-    v: torch.Tensor,  # (seqlen, head_dim_v)
-    shape: TuneShape,
+def attend(
+    q: torch.Tensor,  # (seqlen_q, head_dim)
+    k: torch.Tensor,  # (seqlen_k, head_dim)
+    v: torch.Tensor,  # (seqlen_k, head_dim_v)
+    mask: MaskSpec,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (seqlen_q, head_dim_v) and lse (seqlen_q) of one head; 0 and -inf in rows without a key."""
     outs, lses = [], []
-    keys = torch.arange(shape.seqlen, device=q.device)
-    for rows in keys.split(ROWS):
-        scores = q[rows] @ k.T * shape.key.head_dim**-0.5  # (rows, seqlen)
-        if shape.softcap > 0.0:
-            scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        distance = rows[:, None] - keys  # how far a key lies to the left of the query
-        left, right = shape.mask.window_left, shape.mask.window_right
+    keys = torch.arange(k.shape[0], device=q.device)
+    for rows in torch.arange(q.shape[0], device=q.device).split(ROWS):
+        scores = q[rows] @ k.T * q.shape[-1] ** -0.5  # (rows, seqlen_k)
+        if softcap > 0.0:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = rows[:, None] + (k.shape[0] - q.shape[0])
+        distance = position - keys  # how far a key lies to the left of the query
+        left, right = mask.window_left, mask.window_right
         hidden = (distance > left) & (left >= 0) | (-distance > right) & (right >= 0)
         scores.masked_fill_(hidden, float("-inf"))
-        outs.append(torch.softmax(scores, -1) @ v)
+        # Without a key a row's softmax is 0 / 0.
+        outs.append(torch.softmax(scores, -1).masked_fill_(hidden, 0.0) @ v)
         lses.append(torch.logsumexp(scores, -1))
     return torch.cat(outs), torch.cat(lses)
 

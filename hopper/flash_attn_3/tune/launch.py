@@ -19,8 +19,12 @@ def prepare(
     plan: ForwardPlan,
     softcap: float,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> Callable[[], None]:
     """A call that enqueues the kernel on q, k, v and writes out and lse, the five `tensors`.
+
+    Args:
+        cu_seqlens: of queries and keys, where they are packed.
 
     Raises:
         ValueError: the plan needs scratch; sequences that long are not tuned.
@@ -28,5 +32,5 @@ def prepare(
     if plan.promoted_floats > 0:
         raise ValueError(f"max_seqlen_k={problem.max_seqlen_k} is too long to be tuned; its kernels need scratch")
     launch = cuda_forward(kernel, problem, plan, problem.head_dim**-0.5, softcap)
-    # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, promoted_out
-    return functools.partial(launch, *tensors, *(None,) * 5)
+    # seqused_q, seqused_k, promoted_out
+    return functools.partial(launch, *tensors, *cu_seqlens, *(None,) * 3)

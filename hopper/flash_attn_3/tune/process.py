@@ -1,4 +1,7 @@
-"""Runs the measuring process and outlives it: a variant that hangs or crashes costs that variant, not the sweep."""
+"""Runs the measuring process and outlives it: a variant that hangs or crashes costs that variant, not the sweep.
+
+Of those behind it are spared which share what several had in common that died (`Suspects`).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,17 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from .job import Job, Variant, job_to_plain
+from .job import Audit, Job, Variant, job_to_plain
+from .suspects import Suspects
 
 COMMAND = (sys.executable, "-m", "flash_attn_3.tune.worker")
 #: Seconds that a process may take to start: it imports torch and opens the device.
 START_SECONDS = 180.0
 #: How often the process is started anew for one shape before the shape is given up.
-MOST_RESTARTS = 4
+MOST_RESTARTS = 24
 
 
 class WorkerError(RuntimeError):
@@ -32,7 +36,7 @@ class Measured:
     Attributes:
         rounds_ms: for each variant that is right, milliseconds per round; fewer rounds where it was left out as slow.
         errors: its relative error.
-        failed: for each other variant, why it was not timed.
+        failed: for each other variant, why it was not timed, or not even launched.
         abandoned: why the shape was given up, None where it was not.
     """
 
@@ -69,14 +73,18 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def measure(self, job: Job) -> Measured:
-        """Measure a job, anew without the variant at fault whenever the process dies.
+    def measure(self, job: Job | Audit, suspects: Suspects) -> Measured:
+        """Measure or audit, anew without the variant at fault whenever the process dies.
+
+        Args:
+            suspects: what is known of the key's tiles; learns what this job shows.
 
         Raises:
             WorkerError: the process does not start.
         """
         failed: dict[Variant, str] = {}
         for _ in range(MOST_RESTARTS + 1):
+            failed |= _left_out(job, failed, suspects)
             variants = tuple(variant for variant in job.variants if variant not in failed)
             measured = Measured(failed=failed)
             if not any(not variant.is_present for variant in variants):
@@ -91,8 +99,12 @@ class Worker:
                 if attempt.running is None:
                     return Measured(failed=failed, abandoned=f"{death}, with no kernel running")
                 failed[attempt.running] = str(death)
+                suspects.died(attempt.running.choice.tile)
             else:
                 return measured
+            finally:
+                for variant in measured.errors:
+                    suspects.was_right(variant.choice.tile)
         return Measured(failed=failed, abandoned=f"{MOST_RESTARTS + 1} kernels hung or crashed")
 
     def _run(self, attempt: _Attempt) -> None:
@@ -137,10 +149,17 @@ class Worker:
         self._process = None
 
 
+def _left_out(job: Job | Audit, failed: Collection[Variant], suspects: Suspects) -> dict[Variant, str]:
+    """The variants that are better not launched, and why. Never the present choice: they are compared with it."""
+    left = [variant for variant in job.variants if variant not in failed and not variant.is_present]
+    reasons = suspects.reasons(variant.choice.tile for variant in left)
+    return {variant: reasons[variant.choice.tile] for variant in left if variant.choice.tile in reasons}
+
+
 class _Attempt:
     """One job in one process: what has been reported of it."""
 
-    def __init__(self, job: Job, measured: Measured) -> None:
+    def __init__(self, job: Job | Audit, measured: Measured) -> None:
         self.job = job
         self.running: Variant | None = None
         self.done = False

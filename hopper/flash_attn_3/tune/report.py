@@ -6,6 +6,7 @@ a candidate is named by its number among its key's candidates.
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from .build import spilled_bytes
 from .candidates import label
 from .choice import Decision, geometric_mean
 from .shapes import LengthClass
+from .suspects import LEFT_OUT
 from .sweep import KeyResult, ShapeResult
 
 MEGABYTE = 2**20
@@ -127,13 +129,16 @@ def _choice_line(key: str, choice: Mapping[str, Any]) -> str:
 def _count(row: Mapping[str, Any]) -> str:
     dropped = [candidate["dropped"].split()[0] for candidate in row["candidates"] if "dropped" in candidate]
     counts = [f"{dropped.count(word)} {meaning}" for word, meaning in _DROPPED.items() if word in dropped]
-    failed = {failure["candidate"] for shape in row["shapes"] for failure in shape["failed"]}
-    counts += [f"{len(failed)} wrong, hung or crashed"] if failed else []
+    reasons = {failure["candidate"]: failure["reason"] for shape in row["shapes"] for failure in shape["failed"]}
+    left_out = [reason for reason in reasons.values() if reason.startswith(LEFT_OUT)]
+    failed = len(reasons) - len(left_out)
+    counts += [f"{failed} wrong, hung or crashed"] if failed else []
+    counts += [f"{count} {reason}" for reason, count in collections.Counter(left_out).items()]
     return ", ".join([f"{len(row['candidates'])} in all", *counts])
 
 
 #: First word of the reason for dropping a kernel -> what the summary calls it.
-_DROPPED = {"spills": "spilled", "does": "did not compile", "not": "not built"}
+_DROPPED = {"spills": "spilled", "does": "did not compile", "not": "not built", "unfit:": "unfit for other calls"}
 
 
 def _origin(run: Mapping[str, Any]) -> str:

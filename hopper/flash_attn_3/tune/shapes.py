@@ -18,6 +18,15 @@ WINDOW_LEFT = 1024
 SOFTCAP = 30.0
 
 
+def whole_mask(mask: Mask) -> MaskSpec:
+    """The mask of a key that has no window."""
+    return MaskSpec(mask, UNLIMITED, 0 if mask is Mask.CAUSAL else UNLIMITED)
+
+
+def softcap_of(score: Score) -> float:
+    return SOFTCAP if score is Score.SOFTCAP else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class TuneShape:
     """`batch` sequences of `seqlen` queries and keys with `heads` heads, bfloat16."""
@@ -35,11 +44,11 @@ class TuneShape:
     def mask(self) -> MaskSpec:
         if self.key.mask is Mask.LOCAL:
             return MaskSpec(Mask.LOCAL, min(WINDOW_LEFT, self.seqlen // 2), 0)
-        return MaskSpec(self.key.mask, UNLIMITED, 0 if self.key.mask is Mask.CAUSAL else UNLIMITED)
+        return whole_mask(self.key.mask)
 
     @property
     def softcap(self) -> float:
-        return SOFTCAP if self.key.score is Score.SOFTCAP else 0.0
+        return softcap_of(self.key.score)
 
     def problem(self, num_sms: int) -> ForwardProblem:
         return ForwardProblem(

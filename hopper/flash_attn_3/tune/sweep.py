@@ -1,4 +1,6 @@
-"""The sweep over one key of the table: heats over all tiles, a final with the L2 budgets, a decision for each class."""
+"""The sweep over one key of the table: for each class of lengths heats, each around the winner of the last one, a final
+with the L2 budgets, a decision.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,16 @@ from ..problem import HOPPER_SMS
 from ..tile_table import ForwardTile, TileChoice, TileKey, TileTable
 from .build import Built
 from .choice import Decision, ShapeTimes, decide, ranking, without_class
-from .job import Job, Variant
+from .job import Audit, Job, Variant
 from .process import Measured
 from .shapes import LengthClass, TuneShape
+from .suspects import LEFT_OUT, Suspects
 
 
 class Measurer(Protocol):
-    """What measures jobs: a `Worker`, or a stand-in for one."""
+    """What measures jobs and audits: a `Worker`, or a stand-in for one."""
 
-    def measure(self, job: Job) -> Measured: ...
+    def measure(self, job: Job | Audit, suspects: Suspects) -> Measured: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Effort:
     Attributes:
         lengths: sequence lengths of the shapes.
         classes: which of them share a choice.
+        steps: heats at most after the first, each with the neighbours of the fastest tile so far.
         finalists: tiles of a class that are measured again, with every budget.
         l2_budgets: bytes of keys and values, tried under a mask beside the present budget.
         warm_up: launches of each variant before it is timed.
@@ -46,6 +50,7 @@ class Effort:
 
     lengths: tuple[int, ...]
     classes: tuple[LengthClass, ...]
+    steps: int
     finalists: int
     l2_budgets: tuple[int, ...]
     warm_up: int
@@ -70,13 +75,14 @@ class ShapeResult:
 
 @dataclasses.dataclass
 class KeyResult:
-    """Everything about one key."""
+    """Everything about one key; of the tiles that would have changed the table, what makes them unfit, or None."""
 
     key: TileKey
     tiles: list[ForwardTile]
     built: Built
     shapes: list[ShapeResult] = dataclasses.field(default_factory=list)
     decisions: list[tuple[LengthClass, Decision]] = dataclasses.field(default_factory=list)
+    audits: dict[ForwardTile, str | None] = dataclasses.field(default_factory=dict)
 
 
 class KeySweep:
@@ -86,6 +92,7 @@ class KeySweep:
         table: the planner's present table.
         build: compiles kernels, or finds them.
         kernels: the folder that it compiles into; None: the user's cache.
+        neighbours: what to try once a tile is the fastest; by default nothing but the tiles.
     """
 
     def __init__(
@@ -97,12 +104,16 @@ class KeySweep:
         measurer: Measurer,
         effort: Effort,
         kernels: Path | None,
+        neighbours: Callable[[ForwardTile], Sequence[ForwardTile]] = lambda tile: (),
     ) -> None:
-        self.result = KeyResult(key, list(tiles), build([key.config(tile) for tile in tiles]))
+        self.result = KeyResult(key, [], Built())
         self._build = build
+        self._first_tiles = list(tiles)
+        self._neighbours = neighbours
         self._table = table
         self._measurer = measurer
         self._effort = effort
+        self._suspects = Suspects()
         self._kernels = None if kernels is None else str(kernels.absolute())
 
     def run(self) -> KeyResult:
@@ -117,13 +128,34 @@ class KeySweep:
         return self.result
 
     def _heat_and_final(self, shapes: Sequence[TuneShape]) -> list[ShapeResult] | None:
-        key, built = self.result.key, self.result.built
-        configs = {tile: key.config(tile) for tile in self.result.tiles}
-        usable = [tile for tile, c in configs.items() if c in built.kernels and c not in built.dropped]
-        heats = self._measure("heat", shapes, usable)
-        if heats is None:
-            return None
-        return self._measure("final", shapes, self._with_sound_siblings(ranking([heat.times for heat in heats])))
+        ranked = self._heats(shapes)
+        return None if ranked is None else self._measure("final", shapes, self._with_sound_siblings(ranked))
+
+    def _heats(self, shapes: Sequence[TuneShape]) -> list[ForwardTile] | None:
+        """The tiles of the last heat, the fastest first. From heat to heat the leaders stay."""
+        ranked: list[ForwardTile] = []
+        fresh, tried = self._first_tiles, set()
+        for step in range(1 + self._effort.steps):
+            tried |= set(fresh)
+            tiles = self._usable(fresh)
+            if step > 0 and not tiles:
+                break
+            heats = self._measure("heat", shapes, ranked[: self._effort.finalists] + tiles)
+            if heats is None:
+                return None
+            ranked = ranking([heat.times for heat in heats])
+            fresh = [tile for best in ranked[:1] for tile in self._neighbours(best) if tile not in tried]
+        return ranked
+
+    def _usable(self, tiles: Sequence[ForwardTile]) -> list[ForwardTile]:
+        """Those whose kernels can be launched and do not spill; what no class has tried before is compiled."""
+        key, result = self.result.key, self.result
+        new = [tile for tile in tiles if tile not in result.tiles]
+        result.tiles += new
+        if new:
+            result.built.add(self._build([key.config(tile) for tile in new]))
+        configs = {tile: key.config(tile) for tile in tiles}
+        return [tile for tile, c in configs.items() if c in result.built.kernels and c not in result.built.dropped]
 
     def _with_sound_siblings(self, ranked: Sequence[ForwardTile]) -> list[ForwardTile]:
         """The finalists: the first tiles whose kernels of the other dtypes and layouts are not dropped either.
@@ -148,12 +180,40 @@ class KeySweep:
             return _undecided("not all shapes of the class were measured")
         if any(self.result.key.config(final.times.present.tile) in self.result.built.missing for final in finals):
             return _undecided("the kernel of the present choice is missing, so there is nothing to compare with")
-        wrong = self._failed_tiles()
-        return decide([final.times.without(wrong) for final in finals])
+        while True:
+            wrong = self._failed_tiles()
+            decision = decide([final.times.without(wrong) for final in finals])
+            if decision.choice is None or self._is_fit(decision.choice):
+                return decision
+
+    def _is_fit(self, choice: TileChoice) -> bool:
+        """Whether what would serve the key with this choice computes attention on other calls than the timed ones."""
+        if choice.tile not in self.result.audits:
+            fault = self.result.audits[choice.tile] = self._audit(choice)
+            if fault is not None:
+                self.result.built.dropped.setdefault(self.result.key.config(choice.tile), f"unfit: {fault}")
+        return self.result.audits[choice.tile] is None
+
+    def _audit(self, choice: TileChoice) -> str | None:
+        """What is wrong with the kernels of all dtypes and layouts, and with those that serve launches of few tiles."""
+        key, variants = self.result.key, {}
+        for tile in dict.fromkeys([choice.tile, choice.tile.of_one_warpgroup()]):
+            built = self._build(key.configs(tile))
+            for config, why in built.dropped.items():
+                if config not in built.missing:
+                    return f"{why}, as {config.name}"
+            served = dataclasses.replace(choice, tile=tile)
+            found = {config: built.kernels[config] for config in key.configs(tile) if config in built.kernels}
+            variants |= {_variant(served, kernel, config): config for config, kernel in found.items()}
+        measured = self._measurer.measure(Audit(key, tuple(variants), self._kernels), self._suspects)
+        if measured.abandoned:
+            return measured.abandoned
+        return next((f"{reason}, as {variants[v].name}" for v, reason in measured.failed.items()), None)
 
     def _failed_tiles(self) -> set[ForwardTile]:
-        """Tiles that were wrong, hung or crashed on a shape so far."""
-        return {choice.tile for shape in self.result.shapes for choice in shape.failed}
+        """Tiles that were wrong, hung or crashed so far, on a shape or in an audit."""
+        unfit = {tile for tile, fault in self.result.audits.items() if fault is not None}
+        return unfit | {choice.tile for shape in self.result.shapes for choice in shape.failed}
 
     def _measure(
         self, stage: str, shapes: Sequence[TuneShape], tiles: Sequence[ForwardTile]
@@ -191,7 +251,8 @@ class KeySweep:
                 warm_up=self._effort.warm_up,
                 turns=(self._effort.turns,) * self._effort.rounds if final else self._effort.heat_turns,
                 drop_behind=self._effort.drop_behind,
-            )
+            ),
+            self._suspects,
         )
         times = {c: measured.rounds_ms[v] for v, same in launches.items() if v in measured.rounds_ms for c in same}
         return ShapeResult(
@@ -214,13 +275,14 @@ class KeySweep:
             if plan.config in self.result.built.kernels:
                 groups.setdefault((plan.config, plan.heads_per_section), []).append(choice)
         return {
-            _variant(same[0], self.result.built.kernels[config], present in same): same
+            _variant(same[0], self.result.built.kernels[config], config, present in same): same
             for (config, _), same in groups.items()
         }
 
 
-def _variant(choice: TileChoice, kernel: CompiledKernel, is_present: bool) -> Variant:
-    return Variant(choice, kernel.meta["source_key"], kernel.meta["build_key"], is_present)
+def _variant(choice: TileChoice, kernel: CompiledKernel, config: ForwardConfig, is_present: bool = False) -> Variant:
+    keys = kernel.meta["source_key"], kernel.meta["build_key"]
+    return Variant(choice, *keys, is_present, config.dtype, config.seq_layout)
 
 
 def _undecided(reason: str) -> Decision:
@@ -234,5 +296,6 @@ def _progress(result: ShapeResult) -> str:
     best = f"{min(times.values()):.3f} ms" if times else "nothing"
     present = times.get(result.times.present)
     shown = "no result" if present is None else f"{present:.3f} ms"
-    counts = f"{len(times)} choices, {len(result.failed)} failed"
+    left_out = sum(reason.startswith(LEFT_OUT) for reason in result.failed.values())
+    counts = f"{len(times)} choices, {len(result.failed) - left_out} failed, {left_out} left out"
     return f"{result.stage} {result.shape}: {counts}, best {best}, present {shown}"

@@ -1,4 +1,4 @@
-"""The measuring process: takes jobs from stdin, checks and times their variants, answers with events.
+"""The measuring process: takes jobs from stdin, checks their variants, times those of a shape, answers with events.
 
 It is a process of its own because a kernel that hangs or faults takes its process along; see `process.py`.
 """
@@ -17,11 +17,13 @@ import torch
 from .. import environment
 from ..cache import CompiledKernel, EntryKey
 from ..heuristics import plan_choice
+from ..tile_table import TileKey
 from ..timing import TurnTimer
-from . import correctness
+from . import correctness, serving
 from .build import kernel_store
-from .job import Job, Variant, job_from_plain
+from .job import Audit, Job, Variant, job_from_plain
 from .launch import prepare
+from .shapes import softcap_of
 
 Emit = Callable[..., None]
 
@@ -36,7 +38,8 @@ def main() -> int:
         torch.cuda.init()
         emit("ready", device=environment.device(), versions=environment.versions())
         for line in sys.stdin:
-            measure(job_from_plain(json.loads(line)), emit)
+            job = job_from_plain(json.loads(line))
+            audit(job, emit) if isinstance(job, Audit) else measure(job, emit)
     except Exception as error:
         emit("crashed", reason=f"{type(error).__name__}: {error}".splitlines()[0])
         return 1
@@ -60,7 +63,7 @@ def measure(job: Job, emit: Emit, device: str = "cuda") -> None:
     for number, variant in enumerate(job.variants):
         emit("launching", variant=number)
         try:
-            kernel = _load(job, variant)
+            kernel = _load(job.kernels, variant, shape.key)
             plan = plan_choice(problem, variant.choice)
             for trial in trials:
                 call = prepare(kernel, problem, plan, shape.softcap, (trial.q, trial.k, trial.v, out, lse))
@@ -71,8 +74,7 @@ def measure(job: Job, emit: Emit, device: str = "cuda") -> None:
                 if wrong:
                     break
         except Exception as error:
-            torch.cuda.synchronize()  # raises after a fault on the device: nothing more can run in this process
-            wrong = f"cannot be launched: {type(error).__name__}: {error}".splitlines()[0]
+            wrong = _refused(error)
         if wrong:
             emit("failed", variant=number, reason=wrong)
             continue
@@ -82,13 +84,46 @@ def measure(job: Job, emit: Emit, device: str = "cuda") -> None:
     emit("done")
 
 
+def audit(job: Audit, emit: Emit, device: str = "cuda") -> None:
+    """Hold each kernel against the calls of its dtype and layout that are not timed."""
+    for number, variant in enumerate(job.variants):
+        emit("launching", variant=number)
+        try:
+            wrong = _fault(_load(job.kernels, variant, job.key), variant, job.key, device)
+        except Exception as error:
+            wrong = _refused(error)
+        if wrong:
+            emit("failed", variant=number, reason=wrong)
+        else:
+            emit("audited", variant=number)
+    emit("done")
+
+
+def _fault(kernel: CompiledKernel, variant: Variant, key: TileKey, device: str) -> str | None:
+    """What is wrong with a kernel, and with which call."""
+    for call in serving.served_calls(key, variant.dtype, variant.seq_layout, _num_sms(), device):
+        out, lse = call.new_results()
+        plan = plan_choice(call.problem, variant.choice)
+        tensors = (call.q, call.k, call.v, out, lse)
+        prepare(kernel, call.problem, plan, softcap_of(key.score), tensors, call.cu_seqlens)()
+        wrong = serving.what_is_wrong(out, lse, call)
+        if wrong:
+            return f"{call.name}: {wrong}"
+    return None
+
+
+def _refused(error: Exception) -> str:
+    torch.cuda.synchronize()  # raises after a fault on the device: nothing more can run in this process
+    return f"cannot be launched: {type(error).__name__}: {error}".splitlines()[0]
+
+
 def _num_sms() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def _load(job: Job, variant: Variant) -> CompiledKernel:
-    config = job.shape.key.config(variant.choice.tile)
-    store = kernel_store(None if job.kernels is None else Path(job.kernels))
+def _load(kernels: str | None, variant: Variant, key: TileKey) -> CompiledKernel:
+    config = variant.config(key)
+    store = kernel_store(None if kernels is None else Path(kernels))
     kernel = store.load(config, EntryKey(config.name, variant.source_key, variant.build_key))
     if kernel is None:
         raise FileNotFoundError(f"{config.name} is not in {store.root}")
