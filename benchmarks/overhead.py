@@ -110,7 +110,7 @@ def _parts(
         max_seqlen_q=SHAPE.seqlen,
         max_seqlen_k=SHAPE.seqlen,
         num_ctas=0,
-        packed_heads_log2=0,
+        packed_heads=1,
         num_value_passes=1,
         heads_per_section=1,
         least_heads_in_last_section=1,

@@ -3,17 +3,17 @@
 
 namespace {
 
-template <fa::Mask kMask, int kBlockM, int kBlockN>
+template <fa::Mask kMask, int kBlockN>
 fa::BlockRange blocks(const int* arguments) {
   const fa::Visibility<kMask> visibility = {arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
-  return visibility.template blocks<kBlockM, kBlockN>(arguments[0], {arguments[6]});
+  return visibility.template blocks<kBlockN>(arguments[0], arguments[6]);
 }
 
-template <int kBlockM, int kBlockN>
+template <int kBlockN>
 fa::BlockRange blocks(fa::Mask mask, const int* arguments) {
-  return mask == fa::Mask::kFull     ? blocks<fa::Mask::kFull, kBlockM, kBlockN>(arguments)
-         : mask == fa::Mask::kCausal ? blocks<fa::Mask::kCausal, kBlockM, kBlockN>(arguments)
-                                     : blocks<fa::Mask::kLocal, kBlockM, kBlockN>(arguments);
+  return mask == fa::Mask::kFull     ? blocks<fa::Mask::kFull, kBlockN>(arguments)
+         : mask == fa::Mask::kCausal ? blocks<fa::Mask::kCausal, kBlockN>(arguments)
+                                     : blocks<fa::Mask::kLocal, kBlockN>(arguments);
 }
 
 template <fa::Mask kMask, int kBlockM, int kBlockN>
@@ -37,15 +37,15 @@ fa::KeyRange rows(const int* arguments) {
 
 }  // namespace
 
-// `tile`: an index into COMPILED_TILES of tests/cpu/test_block_range.py. `arguments`: m_block, len_q, len_k,
-// window_left, window_right, attention_chunk, log2 of the packed heads.
+// `tile`: an index into COMPILED_TILES of tests/cpu/test_block_range.py, of which the keys count. `arguments`: m_block,
+// len_q, len_k, window_left, window_right, attention_chunk, block_m.
 extern "C" void block_range(fa::Mask mask, int tile, const int* arguments, fa::BlockRange* result) {
-  constexpr fa::BlockRange (*kTiles[])(fa::Mask, const int*) = {blocks<4, 3>, blocks<8, 16>, blocks<64, 80>,
-                                                                blocks<128, 176>, blocks<192, 128>};
+  constexpr fa::BlockRange (*kTiles[])(fa::Mask, const int*) = {blocks<3>, blocks<16>, blocks<80>, blocks<176>,
+                                                                blocks<128>};
   *result = kTiles[tile](mask, arguments);
 }
 
-// The same for query blocks, but `arguments` begin with n_block, and have no packed heads.
+// The same for query blocks, but both sides of the tile count; `arguments` begin with n_block, and have no block_m.
 extern "C" void query_block_range(fa::Mask mask, int tile, const int* arguments, fa::BlockRange* result) {
   constexpr fa::BlockRange (*kTiles[])(fa::Mask, const int*) = {
       query_blocks<4, 3>, query_blocks<8, 16>, query_blocks<64, 80>, query_blocks<128, 176>, query_blocks<192, 128>};

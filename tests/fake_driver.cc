@@ -79,10 +79,10 @@ std::string params_fields(const fa::ForwardParams& p) {
        << field("tile_counter", address(p.tile_counter)) << ", " << field("cu_seqlens_q", address(p.cu_seqlens_q))
        << ", " << field("cu_seqlens_k", address(p.cu_seqlens_k)) << ", " << field("seqused_q", address(p.seqused_q))
        << ", " << field("seqused_k", address(p.seqused_k)) << ", " << field("batch", p.batch) << ", "
-       << field("heads_q", p.heads_q) << ", " << field("heads_kv", p.heads_kv) << ", "
+       << field("heads_q", p.heads_q) << ", " << field("heads_per_kv", p.heads_per_kv.value) << ", "
        << field("head_dim_v", p.head_dim_v) << ", " << field("seqlen_q", p.seqlen_q) << ", "
        << field("seqlen_k", p.seqlen_k) << ", " << field("row_bound_q", p.row_bound_q) << ", "
-       << field("row_bound_k", p.row_bound_k) << ", " << field("packed_heads_log2", p.packed_heads_log2) << ", "
+       << field("row_bound_k", p.row_bound_k) << ", " << field("packed_heads", p.packing.heads.value) << ", "
        << field("num_value_passes", p.num_value_passes) << ", " << field("heads_per_section", p.heads_per_section)
        << ", " << field("least_heads_in_last_section", p.least_heads_in_last_section) << ", "
        << field("score_scale", p.score_scale) << ", " << field("exp2_scale", p.exp2_scale) << ", "

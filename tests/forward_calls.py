@@ -42,7 +42,7 @@ def dense_call(device: int = 0, **changes: Any) -> dict[str, Any]:
         "max_seqlen_q": 5,
         "max_seqlen_k": 7,
         "num_ctas": 4 if "handle" in changes else 0,
-        "packed_heads_log2": 1,
+        "packed_heads": 2,
         "num_value_passes": 1,
         "heads_per_section": 6,
         "least_heads_in_last_section": 5,

@@ -16,7 +16,7 @@
 
 // These have twins in tests/cpu/test_scheduler.py.
 struct Problem {
-  int32_t batch, heads_q, packed_heads_log2, num_value_passes, heads_per_section, least_heads_in_last_section, seqlen_q,
+  int32_t batch, heads_q, packed_heads, num_value_passes, heads_per_section, least_heads_in_last_section, seqlen_q,
       seqlen_k, window_left, window_right, attention_chunk;
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_q, *seqused_k;
 };
@@ -27,7 +27,7 @@ struct HandedTile {
 
 namespace {
 
-constexpr int kBlockM = 4;
+constexpr int kBlockM = 128;
 
 template <fa::Mask kMaskOfTraits, fa::SeqLayout kLayout>
 struct Traits {
@@ -142,7 +142,7 @@ extern "C" const char* launch(fa::Mask mask, fa::SeqLayout layout, const Problem
   params.seqused_k = seqused_k.get();
   params.batch = problem->batch;
   params.heads_q = problem->heads_q;
-  params.packed_heads_log2 = problem->packed_heads_log2;
+  params.packing = fa::Packing::of(problem->packed_heads);
   params.num_value_passes = problem->num_value_passes;
   params.heads_per_section = problem->heads_per_section;
   params.least_heads_in_last_section = problem->least_heads_in_last_section;

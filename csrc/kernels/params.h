@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "core/packing.h"
+
 namespace fa {
 
 // Keys after which a tile adds its output to `promoted_out` (fwd/promotion.cuh says why).
@@ -30,10 +32,10 @@ struct TileCounter {
 // A box must hold at least one element in bounds: for one that does not, the copy engine touches the base address,
 // which may not be mapped.
 struct alignas(128) ForwardParams {
-  CUtensorMap q;  // box {swizzle width, h, 64 / h rows, 1, 1}, h = 2^packed_heads_log2
+  CUtensorMap q;  // box {swizzle width, packed heads, a warpgroup's positions, 1, 1}
   CUtensorMap k;  // box {swizzle width, 1, block_n rows, 1, 1}
   CUtensorMap v;  // box {swizzle width, 1, block_n rows, 1, 1}
-  CUtensorMap o;  // box {swizzle width, h, 64 / h rows, 1, 1}
+  CUtensorMap o;  // as q
 
   // Output row `row` of a head: out + batch * out_batch_stride + row * out_row_stride + head * out_head_stride.
   // Elements of 16 bits; addresses and strides are multiples of 16 bytes. For kernels that do not store through `o`.
@@ -59,13 +61,13 @@ struct alignas(128) ForwardParams {
 
   int32_t batch;
   int32_t heads_q;
-  int32_t heads_kv;
   int32_t head_dim_v;         // columns of v and out, over all value passes
   int32_t seqlen_q;           // rows of a dense q; max_seqlen_q with cu_seqlens_q
   int32_t seqlen_k;           // rows of a dense k; max_seqlen_k with cu_seqlens_k
   int32_t row_bound_q;        // size of the row dimension of the q and o maps
   int32_t row_bound_k;        // size of the row dimension of the k and v maps
-  int32_t packed_heads_log2;  // query heads that lie in one tile together (core/packing.h); they share a key head
+  Divisor heads_per_kv;       // query heads that share a key head
+  Packing packing;            // of these in tiles
   int32_t num_value_passes;   // column passes over values wider than the value tile
   int32_t heads_per_section;  // (batch, head, pass) triples that are worked on together
   int32_t least_heads_in_last_section;

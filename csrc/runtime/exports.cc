@@ -59,11 +59,11 @@ int64_t load_forward(Bytes cubin, String symbol, int64_t num_threads, int64_t sm
 
 // A function of the tensors alone. It lives as long as somebody holds it, and the kernel for good.
 Function forward_launcher(int64_t handle, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_ctas,
-                          int64_t packed_heads_log2, int64_t num_value_passes, int64_t heads_per_section,
+                          int64_t packed_heads, int64_t num_value_passes, int64_t heads_per_section,
                           int64_t least_heads_in_last_section, double score_scale, double exp2_scale,
                           int64_t window_left, int64_t window_right, int64_t attention_chunk) {
   ForwardLauncher launcher(
-      handle, {max_seqlen_q, max_seqlen_k, num_ctas, packed_heads_log2, num_value_passes, heads_per_section,
+      handle, {max_seqlen_q, max_seqlen_k, num_ctas, packed_heads, num_value_passes, heads_per_section,
                least_heads_in_last_section, score_scale, exp2_scale, window_left, window_right, attention_chunk});
   auto launch = [launcher](TensorView q, TensorView k, TensorView v, TensorView out, TensorView lse,
                            OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,

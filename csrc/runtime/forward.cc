@@ -2,6 +2,8 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <algorithm>
+
 #include "check.h"
 #include "device_guard.h"
 #include "tensor_map.h"
@@ -34,7 +36,8 @@ void fill_index_tensors(ForwardParams& params, const ForwardTensors& tensors) {
 void fill_sizes(ForwardParams& params, const CheckedTensors& checked) {
   params.batch = checked_int32("batch", checked.batch, 0);
   params.heads_q = checked_int32("heads of q", checked.q.heads, 0);
-  params.heads_kv = checked_int32("heads of k", checked.k.heads, 0);
+  int32_t heads_kv = checked_int32("heads of k", checked.k.heads, 0);
+  params.heads_per_kv = Divisor::of(heads_kv == 0 ? 1 : std::max(params.heads_q / heads_kv, 1));
   params.head_dim_v = checked_int32("columns of v", checked.v.columns, 1);
   params.row_bound_q = checked_int32("rows of q", checked.q.rows, 0);
   params.row_bound_k = checked_int32("rows of k", checked.k.rows, 0);
@@ -42,18 +45,25 @@ void fill_sizes(ForwardParams& params, const CheckedTensors& checked) {
   if (params.cu_seqlens_k == nullptr) params.seqlen_k = params.row_bound_k;
 }
 
-void check_packing(const ForwardParams& params) {
-  int packed_heads = 1 << params.packed_heads_log2;
-  FA_CHECK(params.heads_kv == 0 || params.heads_q / params.heads_kv % packed_heads == 0, ValueError)
-      << "packed_heads_log2 is " << params.packed_heads_log2 << "; required is that the " << params.heads_q
-      << " heads of q for " << params.heads_kv << " of k make groups of " << packed_heads;
+void check_packing(const ForwardParams& params, int64_t heads_kv) {
+  int packed_heads = params.packing.heads.value;
+  FA_CHECK(heads_kv == 0 || params.heads_q / heads_kv % packed_heads == 0, ValueError)
+      << "packed_heads is " << packed_heads << "; required is that the " << params.heads_q << " heads of q for "
+      << heads_kv << " of k make groups of so many";
+}
+
+Packing make_packing(int64_t packed_heads) {
+  int32_t heads = checked_int32("packed_heads", packed_heads, 1);
+  FA_CHECK(heads <= kWarpgroupRows, ValueError)
+      << "packed_heads is " << heads << "; supported are at most " << kWarpgroupRows << " heads together";
+  return Packing::of(heads);
 }
 
 void fill_options(ForwardParams& params, const ForwardOptions& options) {
   constexpr int64_t kUnlimited = -1;
   params.seqlen_q = checked_int32("max_seqlen_q", options.max_seqlen_q, 0);
   params.seqlen_k = checked_int32("max_seqlen_k", options.max_seqlen_k, 0);
-  params.packed_heads_log2 = checked_int32("packed_heads_log2", options.packed_heads_log2, 0);
+  params.packing = make_packing(options.packed_heads);
   params.num_value_passes = checked_int32("num_value_passes", options.num_value_passes, 1);
   params.heads_per_section = checked_int32("heads_per_section", options.heads_per_section, 1);
   params.least_heads_in_last_section =
@@ -65,16 +75,17 @@ void fill_options(ForwardParams& params, const ForwardOptions& options) {
   params.attention_chunk = checked_int32("attention_chunk", options.attention_chunk, 0);
 }
 
-// The same part of the tensor with the rows of several heads.
-TensorMapBox packed(TensorMapBox box, int log2_heads) {
-  return {box.columns, box.rows >> log2_heads, 1u << log2_heads};
+// As many rows of several heads as fit in the place of the box.
+TensorMapBox packed(TensorMapBox box, const Packing& packing) {
+  uint32_t heads = static_cast<uint32_t>(packing.heads.value);
+  return {box.columns, box.rows / heads, heads};
 }
 
 // Where there is no key at all, q's map stands in for those of k and v: a tensor without elements has no address to
 // encode, and the kernel loads nothing through them but prefetches the maps themselves.
 void encode_maps(ForwardParams& params, const CheckedTensors& checked, const ForwardKernel& kernel) {
-  encode_tensor_map(checked.q, packed(kernel.q_box, params.packed_heads_log2), params.q);
-  encode_tensor_map(checked.out, packed(kernel.o_box, params.packed_heads_log2), params.o);
+  encode_tensor_map(checked.q, packed(kernel.q_box, params.packing), params.q);
+  encode_tensor_map(checked.out, packed(kernel.o_box, params.packing), params.o);
   params.k = params.v = params.q;
   if (!checked.k.empty()) encode_tensor_map(checked.k, kernel.k_box, params.k);
   if (!checked.v.empty()) encode_tensor_map(checked.v, kernel.v_box, params.v);
@@ -87,9 +98,6 @@ ForwardLauncher::ForwardLauncher(int64_t handle, const ForwardOptions& options)
   fill_options(params_, options);
   if (num_ctas_ == 0) return;
   kernel_ = &Registry<ForwardKernel>::instance().find(handle);
-  FA_CHECK(kernel_->q_box.rows >> params_.packed_heads_log2 > 0, ValueError)
-      << "packed_heads_log2 is " << params_.packed_heads_log2 << "; supported are at most " << kernel_->q_box.rows
-      << " heads together";
   uint32_t cluster_size = kernel_->kernel.traits().cluster_size;
   FA_CHECK(num_ctas_ % cluster_size == 0, ValueError)
       << "num_ctas is " << num_ctas_ << "; required is a multiple of the cluster size, " << cluster_size;
@@ -110,7 +118,7 @@ void ForwardLauncher::operator()(const ForwardTensors& tensors) const {
   fill_out(params, checked.out);
   fill_index_tensors(params, tensors);
   fill_sizes(params, checked);
-  check_packing(params);
+  check_packing(params, checked.k.heads);
   if (kernel_ == nullptr || checked.out.empty() || checked.batch == 0) return;
   params.promoted_out = promoted_out(tensors.promoted_out);
 

@@ -40,7 +40,7 @@ struct ForwardOptions {
   int64_t max_seqlen_q;  // read with cu_seqlens_q; the seqlen of a dense q is its own
   int64_t max_seqlen_k;  // read with cu_seqlens_k
   int64_t num_ctas;      // 0: nothing is launched
-  int64_t packed_heads_log2;
+  int64_t packed_heads;  // of ForwardParams::packing
   int64_t num_value_passes;
   int64_t heads_per_section;
   int64_t least_heads_in_last_section;

@@ -7,7 +7,7 @@ import functools
 
 from .block_range import block_range
 from .config import HEAD_DIM_TILES, PROMOTION_KEYS, WARPGROUP_ROWS, ForwardConfig, Mask, SeqLayout
-from .problem import MAX_SEQLEN, ForwardProblem, Packing
+from .problem import ForwardProblem, Packing
 from .sections import heads_that_end_evenly
 from .tile_table import HEAD_DIM_PAIRS, ForwardTile, TileChoice, TileKey, forward_tiles
 
@@ -15,8 +15,6 @@ from .tile_table import HEAD_DIM_PAIRS, ForwardTile, TileChoice, TileKey, forwar
 MAX_VALUE_TILE = 256
 #: Tiles of one launch; the kernels number them in 32 bits and count a few beyond the last.
 MAX_TILES = 2**31 - 2**16
-#: At most the rows of a warpgroup are packed together.
-MAX_PACKED_HEADS_LOG2 = WARPGROUP_ROWS.bit_length() - 1
 #: Heads are packed where their tiles are filled less than this share of what packed ones are.
 LEAST_FILLED_UNPACKED = 0.9
 #: Multiprocessors work in clusters where such a share of them has query rows to work on; sharing keys gains little more
@@ -31,7 +29,7 @@ class ForwardPlan:
     Attributes:
         config: the kernel.
         num_ctas: persistent CTAs to launch (0: there is nothing to compute).
-        packed_heads_log2: log2 of the query heads that lie in one tile together.
+        packed_heads: query heads that lie in one tile together.
         num_value_passes: column passes over values wider than the value tile.
         heads_per_section: how many (batch, head) pairs are worked on together, so that their keys and
             values stay in the L2 cache while the query blocks sweep over them.
@@ -42,7 +40,7 @@ class ForwardPlan:
 
     config: ForwardConfig
     num_ctas: int
-    packed_heads_log2: int
+    packed_heads: int
     num_value_passes: int
     heads_per_section: int
     least_heads_in_last_section: int
@@ -142,7 +140,7 @@ def plan_choice(problem: ForwardProblem, choice: TileChoice) -> ForwardPlan:
     return ForwardPlan(
         config=config,
         num_ctas=num_ctas,
-        packed_heads_log2=tiles.packed_heads_log2,
+        packed_heads=tiles.packed_heads,
         num_value_passes=tiles.value_passes,
         heads_per_section=_heads_per_section(problem, tiles.heads, choice.l2_kv_bytes),
         least_heads_in_last_section=_least_heads_in_last_section(problem, tiles.m_blocks),
@@ -155,7 +153,7 @@ class _Tiles:
     """What a problem is cut into: `m_blocks` query blocks for each of `heads` (group of packed heads, value pass)
     pairs of each sequence."""
 
-    packed_heads_log2: int
+    packed_heads: int
     value_passes: int
     m_blocks: int
     heads: int
@@ -163,33 +161,37 @@ class _Tiles:
 
 
 def _tiles(problem: ForwardProblem, config: ForwardConfig) -> _Tiles:
-    packed_heads_log2 = _packed_heads_log2(problem, config.block_m)
+    packed_heads = _packed_heads(problem, config.block_m)
     value_passes = max(1, -(-problem.head_dim_v // config.head_dim_v))
-    m_blocks = -(-(problem.max_seqlen_q << packed_heads_log2) // config.block_m)
-    heads = (problem.heads_q >> packed_heads_log2) * value_passes
-    return _Tiles(packed_heads_log2, value_passes, m_blocks, heads, m_blocks * problem.batch * heads)
+    m_blocks = -(-problem.max_seqlen_q // _positions(config.block_m, packed_heads))
+    heads = problem.heads_q // packed_heads * value_passes
+    return _Tiles(packed_heads, value_passes, m_blocks, heads, m_blocks * problem.batch * heads)
 
 
-def _packed_heads_log2(problem: ForwardProblem, block_m: int) -> int:
-    """log2 of the query heads, a power of two of those that share a key head, that lie in one tile together.
+def _positions(block_m: int, packed_heads: int) -> int:
+    """Query positions of a tile: whole ones in each warpgroup."""
+    return block_m // WARPGROUP_ROWS * (WARPGROUP_ROWS // packed_heads)
 
-    More fill the tiles of short sequences better; where they do not, fewer leave more tiles to balance.
+
+def _packed_heads(problem: ForwardProblem, block_m: int) -> int:
+    """The query heads, a divisor of those that share a key head, that lie in one tile together.
+
+    More fill the tiles of short sequences better; where they do not, fewer leave more tiles to balance. Where lengths
+    are known to the device alone, sequences may be short, whatever the longest one is.
     """
     group = problem.heads_q // max(1, problem.heads_kv)
     if group == 0 or problem.packing is Packing.NEVER:
-        return 0
-    largest = min((group & -group).bit_length() - 1, MAX_PACKED_HEADS_LOG2)
-    while largest > 0 and problem.max_seqlen_q << largest > MAX_SEQLEN:
-        largest -= 1
-    if problem.packing is Packing.ALWAYS:
-        return largest
+        return 1
+    possible = [heads for heads in range(1, WARPGROUP_ROWS + 1) if group % heads == 0]
+    if problem.packing is Packing.ALWAYS or problem.seq_layout is SeqLayout.VARLEN:
+        return possible[-1]
 
-    def filled(log2_heads: int) -> float:
-        rows = problem.max_seqlen_q << log2_heads
-        return rows / (-(-rows // block_m) * block_m) if rows > 0 else 1.0
+    def filled(heads: int) -> float:
+        m_blocks = -(-problem.max_seqlen_q // _positions(block_m, heads))
+        return problem.max_seqlen_q * heads / (m_blocks * block_m) if m_blocks > 0 else 1.0
 
-    best = max(range(largest + 1), key=filled)
-    return best if filled(0) < LEAST_FILLED_UNPACKED * filled(best) else 0
+    best = max(possible, key=filled)
+    return best if filled(1) < LEAST_FILLED_UNPACKED * filled(best) else 1
 
 
 def _heads_per_section(problem: ForwardProblem, num_heads: int, l2_kv_bytes: int) -> int:

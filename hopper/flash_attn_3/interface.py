@@ -65,8 +65,8 @@ def flash_attn_func(
         softcap: if > 0, a score becomes softcap * tanh(score / softcap).
         num_splits: 1, or <= 0 to leave the number to the planner. More is not available yet.
         pack_gqa: a hint: whether query heads that share a key head are worked on together, which fills the tiles of
-            short sequences; None: where that pays. A power of two of them is, which divides h / hk; so True changes
-            nothing where h / hk is odd.
+            short sequences; None: where that pays, and always with variable lengths. As many together as divide h / hk,
+            at most 64; so True changes nothing where h / hk is a larger prime.
         deterministic: gradients of equal calls are bitwise equal, compiled or not; for that, parts of dq are added in a
             fixed order, which takes time. out and lse always are.
         sm_margin: multiprocessors that are left to others; not by the short kernels before and after the main one of

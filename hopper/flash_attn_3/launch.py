@@ -155,7 +155,7 @@ def cuda_forward(
         max_seqlen_q=problem.max_seqlen_q,
         max_seqlen_k=problem.max_seqlen_k,
         num_ctas=plan.num_ctas,
-        packed_heads_log2=plan.packed_heads_log2,
+        packed_heads=plan.packed_heads,
         num_value_passes=plan.num_value_passes,
         heads_per_section=plan.heads_per_section,
         least_heads_in_last_section=plan.least_heads_in_last_section,

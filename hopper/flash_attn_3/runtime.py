@@ -130,7 +130,7 @@ def forward_launcher(
     max_seqlen_q: int,
     max_seqlen_k: int,
     num_ctas: int,
-    packed_heads_log2: int,
+    packed_heads: int,
     num_value_passes: int,
     heads_per_section: int,
     least_heads_in_last_section: int,
@@ -152,7 +152,7 @@ def forward_launcher(
     Args:
         handle: from `load_kernel`.
         max_seqlen_q, max_seqlen_k: longest sequence on each packed side; a dense side's is its tensor's.
-        num_ctas, packed_heads_log2, num_value_passes, heads_per_section, least_heads_in_last_section: the launch, from
+        num_ctas, packed_heads, num_value_passes, heads_per_section, least_heads_in_last_section: the launch, from
             `heuristics.ForwardPlan`.
         score_scale: 1.0, or softmax_scale / softcap.
         exp2_scale: softmax_scale * log2(e), or softcap * log2(e).
@@ -180,7 +180,7 @@ def forward_launcher(
         max_seqlen_q,
         max_seqlen_k,
         num_ctas,
-        packed_heads_log2,
+        packed_heads,
         num_value_passes,
         heads_per_section,
         least_heads_in_last_section,

@@ -49,12 +49,11 @@ def sees(mask: MaskSpec, row: int, key: int, len_q: int, len_k: int) -> bool:
     )
 
 
-def check_against_brute_force(function: BlockRangeFunction, tile: tuple, packed_heads: int = 1) -> None:
+def check_against_brute_force(function: BlockRangeFunction, tile: tuple) -> None:
     mask, m_block, block_m, block_n, len_q, len_k = tile
     blocks = function(*tile)
     assert 0 <= blocks.begin <= blocks.full_begin <= blocks.full_end <= blocks.end <= -(-len_k // block_n)
-    last = ((m_block + 1) * block_m - 1) // packed_heads
-    rows = range(m_block * block_m // packed_heads, min(last + 1, len_q))
+    rows = range(m_block * block_m, min((m_block + 1) * block_m, len_q))
     for n_block in range(-(-len_k // block_n)):
         keys = range(n_block * block_n, (n_block + 1) * block_n)
         visible = [key < len_k and sees(mask, row, key, len_q, len_k) for row in rows for key in keys]
@@ -150,46 +149,32 @@ def test_key_rows_match_brute_force_and_grow_with_the_key(mask, len_q, len_k):
 # -- the kernels' header ---------------------------------------------------------------------------------------
 
 
-def header_block_range(
-    mask: MaskSpec, m_block: int, block_m: int, block_n: int, len_q: int, len_k: int, packed_heads_log2: int = 0
-) -> BlockRange:
+def header_block_range(mask: MaskSpec, m_block: int, block_m: int, block_n: int, len_q: int, len_k: int) -> BlockRange:
     """``core/block_range.h`` compiled for the host, called like the model."""
     window = (mask.window_left, mask.window_right, mask.attention_chunk)
-    arguments = (m_block, len_q, len_k, *window, packed_heads_log2)
+    arguments = (m_block, len_q, len_k, *window, block_m)
     blocks = (ctypes.c_int * 4)()  # begin, full_begin, full_end, end
     host_headers.build("block_range_shim.cc").block_range(
         list(Mask).index(mask.mask),
-        COMPILED_TILES.index((block_m, block_n)),
+        COMPILED_BLOCKS.index(block_n),
         (ctypes.c_int * len(arguments))(*arguments),
         blocks,
     )
     return BlockRange(*blocks)
 
 
-@settings(max_examples=2500)
-@given(tile=tiles(st.sampled_from(COMPILED_TILES[:2]), max_len=40))
+#: Keys of a block. Its queries are any number: with packed heads a tile has few positions.
+COMPILED_BLOCKS = [block_n for _, block_n in COMPILED_TILES]
+
+
+@settings(max_examples=5000)
+@given(tile=tiles(st.tuples(st.integers(1, 9), st.sampled_from(COMPILED_BLOCKS[:2])), max_len=40))
 def test_header_matches_brute_force(tile):
     check_against_brute_force(header_block_range, tile)
 
 
-@st.composite
-def packed_tiles(draw: st.DrawFn) -> tuple[tuple, int]:
-    """A tile of rows that are packed heads of positions, and log2 of the heads."""
-    mask, _, block_m, block_n, len_q, len_k = draw(tiles(st.sampled_from(COMPILED_TILES[:2]), max_len=40))
-    log2_heads = draw(st.integers(0, 4))
-    m_block = draw(st.integers(0, ((len_q << log2_heads) - 1) // block_m))
-    return (mask, m_block, block_m, block_n, len_q, len_k), log2_heads
-
-
 @settings(max_examples=2500)
-@given(packed_tiles())
-def test_header_matches_brute_force_with_packed_heads(packed_tile):
-    tile, log2_heads = packed_tile
-    check_against_brute_force(lambda *tile: header_block_range(*tile, log2_heads), tile, 2**log2_heads)
-
-
-@settings(max_examples=2500)
-@given(tile=tiles(st.sampled_from(COMPILED_TILES), max_len=3000))
+@given(tile=tiles(st.tuples(st.integers(1, 256), st.sampled_from(COMPILED_BLOCKS)), max_len=3000))
 def test_header_matches_model_on_long_sequences(tile):
     assert header_block_range(*tile) == block_range(*tile)
 

@@ -99,7 +99,7 @@ def test_launch_of_a_dense_call(hopper):
     assert launched["handle"] == HANDLE
     assert (launched["max_seqlen_q"], launched["max_seqlen_k"]) == (300, 500)
     assert launched["num_value_passes"] == 1
-    assert launched["packed_heads_log2"] == 0
+    assert launched["packed_heads"] == 1
     assert launched["heads_per_section"] == 8
     assert launched["score_scale"] == 1.0
     assert launched["exp2_scale"] == pytest.approx(64**-0.5 * LOG2_E)
@@ -122,7 +122,7 @@ def test_number_of_ctas(hopper):
 
 def test_short_sequences_pack_heads(hopper):
     dispatch.forward(*qkv(lengths=(30, 500)))
-    assert hopper.launches[0]["packed_heads_log2"] == 1  # 60 rows in one tile of 64, in place of two times 30
+    assert hopper.launches[0]["packed_heads"] == 2  # 60 rows in one tile of 64, in place of two times 30
     assert hopper.launches[0]["num_ctas"] == 2 * 2
 
 

@@ -81,8 +81,8 @@ def problems(draw) -> ForwardProblem:
     heads_kv = draw(st.integers(1, 128))
     heads_q = heads_kv * draw(st.integers(0, 128))
     max_seqlen_q, max_seqlen_k = draw(st.integers(0, MAX_SEQLEN)), draw(st.integers(0, MAX_SEQLEN))
-    # Tiles have at least 64 rows, and values take at most two passes.
-    tiles_per_sequence = max(1, heads_q * (max_seqlen_q // 64 + 1) * 2)
+    # A warpgroup's rows are used by half at least, and values take at most two passes.
+    tiles_per_sequence = max(1, heads_q * (max_seqlen_q // 32 + 1) * 2)
     window = draw(st.tuples(st.integers(-1, 2**31 - 1), st.integers(-1, 2**31 - 1)))
     chunk = draw(st.one_of(st.just(0), st.integers(1, 2**31 - 1)))
     return ForwardProblem(
@@ -168,10 +168,9 @@ def test_plan_depends_on_the_problem_alone(problem, num_sms):
 
 @given(problems())
 def test_packed_heads_share_a_key_head(problem):
-    packed = 2 ** plan_forward(problem).packed_heads_log2
+    packed = plan_forward(problem).packed_heads
     assert packed <= 64
     assert problem.heads_q // problem.heads_kv % packed == 0
-    assert packed * problem.max_seqlen_q <= MAX_SEQLEN or packed == 1
     assert packed == 1 or problem.packing is not Packing.NEVER
 
 
@@ -179,8 +178,12 @@ def test_packed_heads_share_a_key_head(problem):
     ("seqlen_q", "group", "packing", "packed"),
     [
         (1, 8, Packing.AUTO, 8),
-        (1, 12, Packing.AUTO, 4),  # three tiles of four heads
-        (1, 7, Packing.AUTO, 1),
+        (1, 12, Packing.AUTO, 12),
+        (1, 7, Packing.AUTO, 7),
+        (9, 7, Packing.AUTO, 7),  # 63 of 64 rows
+        (1, 71, Packing.AUTO, 1),  # a prime, more than a warpgroup's rows
+        (1, 144, Packing.AUTO, 48),
+        (1, 126, Packing.AUTO, 63),
         (1, 128, Packing.AUTO, 64),
         (1, 8, Packing.NEVER, 1),
         (100, 8, Packing.AUTO, 8),  # 800 of 896 rows in place of 100 of 128
@@ -188,6 +191,7 @@ def test_packed_heads_share_a_key_head(problem):
         (128, 8, Packing.AUTO, 1),
         (128, 8, Packing.ALWAYS, 8),
         (8192, 8, Packing.AUTO, 1),
+        (8192, 7, Packing.ALWAYS, 7),
     ],
 )
 def test_packing(seqlen_q, group, packing, packed):
@@ -196,8 +200,22 @@ def test_packing(seqlen_q, group, packing, packed):
         *(MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.DENSE, 132, packing),
     )
     plan = plan_forward(problem)
-    assert 2**plan.packed_heads_log2 == packed
-    assert plan.num_ctas == min(132, 100 * 2 * group // packed * math.ceil(seqlen_q * packed / plan.config.block_m))
+    assert plan.packed_heads == packed
+    assert plan.num_ctas == min(
+        132, 100 * 2 * group // packed * math.ceil(seqlen_q / (plan.config.block_m // 64 * (64 // packed)))
+    )
+
+
+@pytest.mark.parametrize(("group", "packed"), [(1, 1), (7, 7), (8, 8), (71, 1), (128, 64)])
+@pytest.mark.parametrize("seqlen_q", [1, 8192])
+def test_packing_where_the_longest_sequence_says_little(seqlen_q, group, packed):
+    """A long prompt in a batch does not leave the others unpacked."""
+    problem = ForwardProblem(
+        *(Dtype.BF16, 100, seqlen_q, 8192, 2 * group, 2, 128, 128),
+        *(MaskSpec(Mask.FULL), Score.SCALED, SeqLayout.VARLEN, 132),
+    )
+    assert plan_forward(problem).packed_heads == packed
+    assert plan_forward(dataclasses.replace(problem, packing=Packing.NEVER)).packed_heads == 1
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
@@ -243,12 +261,12 @@ def test_tiles_of_one_warpgroup_are_no_more_than_multiprocessors_or_other_tiles(
     if plan.config.block_m == choice.tile.block_m:
         return
     counts = []
-    for log2_heads, block_m in [
-        (plan.packed_heads_log2, 64),
-        (plan_choice(problem, choice).packed_heads_log2, choice.tile.block_m),
+    for packed_heads, block_m in [
+        (plan.packed_heads, 64),
+        (plan_choice(problem, choice).packed_heads, choice.tile.block_m),
     ]:
-        m_blocks = math.ceil((problem.max_seqlen_q << log2_heads) / block_m)
-        counts.append(m_blocks * problem.batch * (problem.heads_q >> log2_heads) * plan.num_value_passes)
+        m_blocks = math.ceil(problem.max_seqlen_q / (block_m // 64 * (64 // packed_heads)))
+        counts.append(m_blocks * problem.batch * (problem.heads_q // packed_heads) * plan.num_value_passes)
     assert 0 < counts[0] <= max(problem.num_sms, counts[1])
 
 

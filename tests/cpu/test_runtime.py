@@ -148,6 +148,13 @@ def test_unknown_handle(handle):
         ({"promoted_out": ((4,), FP32, (CPU, 0))}, ValueError, r"promoted_out is on cpu; required is q's device"),
         ({"num_ctas": 2**31}, ValueError, r"num_ctas is 2147483648; supported is 0 to 2147483647"),
         ({"max_seqlen_q": 2**31}, ValueError, r"max_seqlen_q is 2147483648"),
+        ({"packed_heads": 0}, ValueError, r"packed_heads is 0; supported is 1 to"),
+        ({"packed_heads": 65}, ValueError, r"packed_heads is 65; supported are at most 64 heads together"),
+        (
+            {"packed_heads": 3},
+            ValueError,
+            r"packed_heads is 3; required is that the 6 heads of q for 3 of k make",
+        ),
         ({"num_value_passes": 0}, ValueError, r"num_value_passes is 0; supported is 1 to"),
         ({"heads_per_section": 0}, ValueError, r"heads_per_section is 0; supported is 1 to"),
         ({"window_left": -2}, ValueError, r"window_left is -2; supported is -1 to"),

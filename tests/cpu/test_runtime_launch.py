@@ -94,12 +94,12 @@ def test_dense_parameters(machine):
         "seqused_k": 0,
         "batch": 2,
         "heads_q": 6,
-        "heads_kv": 3,
+        "heads_per_kv": 2,
         "seqlen_q": 5,
         "seqlen_k": 7,
         "row_bound_q": 5,
         "row_bound_k": 7,
-        "packed_heads_log2": 1,
+        "packed_heads": 2,
         "num_value_passes": 1,
         "heads_per_section": 6,
         "least_heads_in_last_section": 5,
@@ -185,6 +185,17 @@ def test_every_tensor_has_its_own_map(machine):
             "swizzle": swizzle,
             "fill": zeros,
         }
+
+
+@pytest.mark.parametrize(("heads", "positions"), [(1, 64), (2, 32), (3, 21), (6, 10)])
+def test_boxes_of_packed_heads(machine, heads, positions):
+    """As many whole positions as fit in a warpgroup's rows."""
+    changes = {"k": ((2, 7, 1, 64), BF16), "v": ((2, 7, 1, 128), BF16), "packed_heads": heads}
+    log = machine(run, dense_call, tuple(changes.items()))
+    (launch,) = launches(log)
+    encoded = [call for call in log if call["call"] == "cuTensorMapEncodeTiled"]
+    q, o = (encoded[launch["params"][name] - 1]["box"] for name in "qo")
+    assert (q, o) == ([64, heads, positions, 1, 1], [32, heads, positions, 1, 1])
 
 
 @pytest.mark.parametrize("keys", [0, 7])

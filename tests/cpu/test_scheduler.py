@@ -13,12 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import host_headers
-from flash_attn_3.config import Mask, SeqLayout
+from flash_attn_3.config import WARPGROUP_ROWS, Mask, SeqLayout
 from flash_attn_3.heuristics import MAX_TILES
 
 #: Around one and two scans of 32 sequences.
 BATCHES = (0, 1, 2, 31, 32, 33, 64, 65, 100)
 MAX_LENGTH = 18
+#: Tiles of 128 rows then have 2, 4, 8, 10 and 128 positions.
+PACKED_HEADS = (64, 22, 16, 12, 1)
 #: Enough that sequences are told apart by their keys, 16 of which are one to the scheduler; and that they make classes.
 KEYS = st.one_of(st.integers(0, 90), st.integers(900, 10**5))
 #: Octaves of lengths beside the longest that are classes of their own, unless they hold so few keys.
@@ -45,7 +47,7 @@ class HandedTile(ctypes.Structure):
 
 class ShimProblem(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("batch", "heads_q", "packed_heads_log2")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads_q", "packed_heads")),
         *((name, ctypes.c_int32) for name in ("num_value_passes", "heads_per_section", "least_last")),
         *((name, ctypes.c_int32) for name in ("seqlen_q", "seqlen_k")),
         *((name, ctypes.c_int32) for name in ("window_left", "window_right", "attention_chunk")),
@@ -81,7 +83,7 @@ class Problem:
     layout: SeqLayout
     batch: int
     head_groups: int
-    packed_heads_log2: int
+    packed_heads: int
     num_value_passes: int
     heads_per_section: int
     least_last: int
@@ -93,11 +95,10 @@ class Problem:
     def tiles(self) -> list[Tile]:
         """Every tile, in the order of schedule.h: numbered over the whole batch, or sequence by sequence."""
         heads = self.head_groups * self.num_value_passes
-        packed = 2**self.packed_heads_log2
-        block_m = shim().block_m()
+        positions = shim().block_m() // WARPGROUP_ROWS * (WARPGROUP_ROWS // self.packed_heads)
         if self.layout is SeqLayout.DENSE:
             order = in_order(
-                *(self.mask, -(-self.q.seqlen * packed // block_m), heads * self.batch),
+                *(self.mask, -(-self.q.seqlen // positions), heads * self.batch),
                 *(self.heads_per_section, self.least_last),
             )
             return [(triple // heads, m_block, triple % heads) for m_block, triple in order]
@@ -110,7 +111,7 @@ class Problem:
             len_q, len_k = lens_q[batch], lens_k[batch]
             # As many heads as have the keys of heads_per_section longest sequences.
             section = self.heads_per_section * max(1, self.k.seqlen) // max(1, len_k)
-            order = in_order(self.mask, -(-len_q * packed // block_m), heads, min(heads, max(1, section)), 0)
+            order = in_order(self.mask, -(-len_q // positions), heads, min(heads, max(1, section)), 0)
             tiles += [(batch, m_block, head) for m_block, head in order]
         return tiles
 
@@ -185,7 +186,7 @@ def launch_grid(problem: Problem, launch: Launch, counter: TileCounter, max_tile
     """Runs a launch. Returns (CTA, tile) pairs in the order in which they were handed out."""
     index_arrays = problem.q.cu_seqlens(), problem.k.cu_seqlens(), problem.q.used, problem.k.used
     arguments = ShimProblem(
-        *(problem.batch, problem.head_groups << problem.packed_heads_log2, problem.packed_heads_log2),
+        *(problem.batch, problem.head_groups * problem.packed_heads, problem.packed_heads),
         *(problem.num_value_passes, problem.heads_per_section, problem.least_last),
         *(problem.q.seqlen, problem.k.seqlen, *problem.window, problem.attention_chunk),
         *map(int32_array, index_arrays),
@@ -280,12 +281,13 @@ launches = st.lists(st.builds(Launch, st.integers(1, 8), st.binary(min_size=1, m
 
 
 def problems(layout: SeqLayout, batch: int, q: Side, k: Side) -> st.SearchStrategy[Problem]:
-    # Groups of packed heads, log2 of those in a group, value passes, heads in a section, in the last one at least.
-    numbers = (st.integers(*ends) for ends in ((1, 3), (0, 2), (1, 3), (1, 8), (0, 12)))
+    # Value passes, heads in a section, in the last one at least.
+    numbers = (st.integers(*ends) for ends in ((1, 3), (1, 8), (0, 12)))
+    groups = st.integers(1, 3), st.sampled_from(PACKED_HEADS)
     fixed = map(st.just, (layout, batch))
     window = st.tuples(*[st.one_of(st.just(-1), st.integers(0, 10**4))] * 2)
     chunk = st.one_of(st.just(0), st.integers(1, 10**4))
-    return st.builds(Problem, st.sampled_from(Mask), *fixed, *numbers, st.just(q), st.just(k), window, chunk)
+    return st.builds(Problem, st.sampled_from(Mask), *fixed, *groups, *numbers, st.just(q), st.just(k), window, chunk)
 
 
 @st.composite
@@ -324,7 +326,7 @@ def varlen_problems(draw: st.DrawFn) -> Problem:
 def varlen_problem(*segments: int, mask: Mask = Mask.CAUSAL, keys: Sequence[int] | None = None) -> Problem:
     """`keys`: of each sequence, if not as many as queries."""
     q, k = (Side(max(lengths, default=0), tuple(lengths)) for lengths in (segments, keys or segments))
-    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 0, 1, 1, 0, q, k)
+    return Problem(mask, SeqLayout.VARLEN, len(segments), 2, 22, 1, 1, 0, q, k)
 
 
 #: Lengths of many octaves, most of them beyond a window.

@@ -61,7 +61,7 @@ def _results(call):
 @pytest.mark.parametrize("mask", Mask)
 def test_the_calls_have_what_is_hard(mask, layout):
     calls = _calls(TileKey(64, 64, mask, Score.SCALED), layout=layout)
-    assert {plan_choice(call.problem, CHOICE).packed_heads_log2 for call in calls} == {0, 1}
+    assert {plan_choice(call.problem, CHOICE).packed_heads for call in calls} == {1, 2}
     poisoned = [call.exact for call in calls if "NaN" in call.name]
     plain = [call.exact for call in calls if "NaN" not in call.name]
     for exact in plain:

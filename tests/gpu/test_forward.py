@@ -88,37 +88,6 @@ def test_gqa_ratios(case: Case) -> None:
     check(case, tensors, *run(case, tensors))
 
 
-def _packed_cases() -> list[Case]:
-    """Ratios and lengths for which tiles hold several heads, whole, in part, and with positions beyond the end."""
-    shapes = [(1, 300, 8, 2), (3, 513, 64, 1), (17, 17, 12, 1), (64, 129, 8, 1), (100, 100, 32, 2), (257, 300, 4, 1)]
-    return [
-        Case(d, dv, seqlen_q=sq, seqlen_k=sk, heads_q=hq, heads_kv=hk, softcap=softcap, **mask.options)
-        for (d, dv), softcap in itertools.product(
-            ((64, 64), (128, 128), (256, 256), (64, 512), (192, 128)), (0.0, 15.0)
-        )
-        for mask in KERNEL_MASKS
-        for sq, sk, hq, hk in shapes
-    ]
-
-
-@pytest.mark.parametrize("pack_gqa", [True, False, None])
-@each(_packed_cases())
-def test_packed_heads(case: Case, pack_gqa: bool | None) -> None:
-    tensors = make_tensors(case)
-    check(case, tensors, *run(case, tensors, pack_gqa=pack_gqa))
-
-
-@pytest.mark.parametrize("pack_gqa", [True, False])
-@each(
-    Case(d, lens_q=(1, 0, 5, 130, 64), lens_k=(200, 3, 0, 131, 64), heads_q=16, heads_kv=2, **mask.options)
-    for d in (64, 256)
-    for mask in KERNEL_MASKS
-)
-def test_packed_heads_of_sequences_of_different_lengths(case: Case, pack_gqa: bool) -> None:
-    tensors = make_tensors(case)
-    check(case, tensors, *run(case, tensors, pack_gqa=pack_gqa))
-
-
 @each(Case(d, batch=1, seqlen_q=4096, seqlen_k=4096, **mask.options) for d in (64, 128, 256) for mask in (FULL, CAUSAL))
 def test_long_sequence(case: Case) -> None:
     tensors = make_tensors(case)

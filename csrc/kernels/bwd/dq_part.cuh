@@ -44,7 +44,7 @@ class DqPart {
   // Blocks of keys that add to the part before this one.
   FA_DEVICE int predecessors(const DqBlock& block) const {
     const BlockRange keys =
-        visibility<Traits>(params_, tile_).template blocks<Traits::kBlockM, Traits::kBlockN>(block.m_block, Packing{0});
+        visibility<Traits>(params_, tile_).template blocks<Traits::kBlockN>(block.m_block, Traits::kBlockM);
     return tile_.n_block - keys.begin;
   }
 

@@ -57,7 +57,7 @@ class Preprocess {
   FA_DEVICE bool sees_no_key() const {
     const Sequence k = key_sequence<Traits::kSeqLayout>(params_, block_.batch);
     return visibility<Traits>(params_, block_.q, k)
-        .template blocks<Traits::kBlockM, Traits::kBlockN>(block_.m_block, Packing{0})
+        .template blocks<Traits::kBlockN>(block_.m_block, Traits::kBlockM)
         .empty();
   }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "enums.h"
-#include "packing.h"
 #include "platform.h"
 
 namespace fa {
@@ -45,11 +44,11 @@ struct Visibility {
     return {begin, max_of(begin, end)};
   }
 
-  // Both ends of keys() grow with the row, so the first and the last position of a tile bound all others.
-  template <int kBlockM, int kBlockN>
-  FA_HOST_DEVICE BlockRange blocks(int m_block, Packing packing) const {
-    const KeyRange first = keys(packing.position(m_block * kBlockM));
-    const KeyRange last = keys(min_of(len_q - 1, packing.position((m_block + 1) * kBlockM - 1)));
+  // Of a block of `block_m` queries. Both ends of keys() grow with the row, so its first and last row bound all others.
+  template <int kBlockN>
+  FA_HOST_DEVICE BlockRange blocks(int m_block, int block_m) const {
+    const KeyRange first = keys(m_block * block_m);
+    const KeyRange last = keys(min_of(len_q, (m_block + 1) * block_m) - 1);
     const int begin = first.begin / kBlockN;
     const int end = max_of(begin, ceil_div(last.end, kBlockN));
     const int full_begin = min_of(max_of(begin, ceil_div(last.begin, kBlockN)), end);

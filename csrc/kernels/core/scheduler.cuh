@@ -62,13 +62,15 @@ class TileQueue {
   int next_ = int(blockIdx.x) / kClusterSize;
 };
 
-// What a number stands for: a block of queries for each CTA of a cluster.
+// What the queries of a sequence are cut into: a block for each CTA of a cluster.
 template <class Traits>
-constexpr int kScheduledRows = Traits::kBlockM * Traits::kClusterSize;
+FA_DEVICE int scheduled_m_blocks(const ForwardParams& params, int length) {
+  return ceil_div(params.packing.warpgroups(length), Traits::kBlockM / kWarpgroupRows * Traits::kClusterSize);
+}
 
 // What the tiles of a sequence are numbered over, beside query blocks: (group of packed heads, value pass) pairs.
 FA_DEVICE int scheduled_heads(const ForwardParams& params) {
-  return (params.heads_q >> params.packed_heads_log2) * params.num_value_passes;
+  return params.packing.heads.divide(params.heads_q) * params.num_value_passes;
 }
 
 template <class Traits, SeqLayout kSeqLayout = Traits::kSeqLayout>
@@ -83,7 +85,7 @@ class Scheduler<Traits, SeqLayout::kDense> {
   // Counts are derived anew each time: the producer has few registers.
   FA_DEVICE ScheduledTile next(const ForwardParams& params) {
     const int num_heads = scheduled_heads(params);
-    const int num_m_blocks = ceil_div(Packing{params.packed_heads_log2}.rows(params.seqlen_q), kScheduledRows<Traits>);
+    const int num_m_blocks = scheduled_m_blocks<Traits>(params, params.seqlen_q);
     const int index = queue_.take(params.tile_counter);
     if (index >= num_m_blocks * num_heads * params.batch) return {false, 0, {}};
     TilePosition position = tile_position<Traits::kMask>(
@@ -195,8 +197,10 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
     return rank < 0 ? kNone : group_ + kWarpThreads - 1 - rank % kWarpThreads;
   }
 
-  // Bitonic: runs of 2, 4, ... lanes, every other one rising, are merged.
+  // Bitonic: runs of 2, 4, ... lanes, every other one rising, are merged. Not unrolled: the compiler would find out all
+  // directions ahead, and the producer has no register to spare.
   FA_DEVICE static int sort_falling(int value, int lane) {
+#pragma unroll 1
     for (int run = 2; run <= kWarpThreads; run *= 2) {
       for (int distance = run / 2; distance > 0; distance /= 2) {
         const int other = __shfl_xor_sync(~0u, value, distance);
@@ -208,8 +212,7 @@ class Scheduler<Traits, SeqLayout::kVarlen> {
   }
 
   FA_DEVICE static int num_m_blocks(const ForwardParams& params, int batch) {
-    const int length = query_sequence<SeqLayout::kVarlen>(params, batch).length;
-    return ceil_div(Packing{params.packed_heads_log2}.rows(length), kScheduledRows<Traits>);
+    return scheduled_m_blocks<Traits>(params, query_sequence<SeqLayout::kVarlen>(params, batch).length);
   }
 
   // `heads_per_section` was chosen for the longest sequence; a shorter one lets more heads share the L2 cache.

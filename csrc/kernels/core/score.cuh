@@ -36,16 +36,16 @@ struct ScorePolicy<Score::kSoftcap> {
   }
 };
 
-// Applies the hook to a block. `first`: what the thread's part of the fragment has at column 0, for the tile's first
-// head; `row`: the thread's first row, as the tiles count them.
+// Applies the hook to a block. `first`: what the thread's part of the fragment has at column 0, for the warpgroup's
+// first row.
 template <Score kScore, int kSize>
-FA_DEVICE void apply_score(float (&scores)[kSize], const ScoreCoord& first, int row, const ForwardParams& params) {
-  const Packing packing = {params.packed_heads_log2};
+FA_DEVICE void apply_score(float (&scores)[kSize], const ScoreCoord& first, const ForwardParams& params) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     ScoreCoord coord = first;
-    coord.query = packing.position(row + 8 * register_row(i));
-    coord.head_q += packing.head(row + 8 * register_row(i));
+    const int row = fragment_row() + 8 * register_row(i);
+    coord.query += params.packing.position(row);
+    coord.head_q += params.packing.head(row);
     coord.key += register_column(i);
     scores[i] = ScorePolicy<kScore>::fwd(scores[i], coord, params);
   }

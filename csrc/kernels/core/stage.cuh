@@ -42,6 +42,17 @@ FA_DEVICE void stage_fragment(uint32_t tile, int first_row, const uint32_t (&pac
   }
 }
 
+// Zeros into rows [first_row, kRows) of a tile of kBytes, by the threads of a warpgroup.
+template <int kRows, int kSwizzleBytes, int kBytes>
+FA_DEVICE void clear_rows_from(int first_row, uint8_t (&tile)[kBytes]) {
+  constexpr int kChunkBytes = kRows * kSwizzleBytes;
+  for (int chunk = 0; chunk < kBytes; chunk += kChunkBytes) {
+    uint4* const units = reinterpret_cast<uint4*>(tile + chunk);
+    const int first_unit = first_row * kSwizzleBytes / 16 + threadIdx.x % kWarpgroupThreads;
+    for (int i = first_unit; i < kChunkBytes / 16; i += kWarpgroupThreads) units[i] = {};
+  }
+}
+
 // The other way round.
 template <int kRows, int kSwizzleBytes, int kSize>
 FA_DEVICE void load_fragment(uint32_t (&packed)[kSize], uint32_t tile, int first_row) {

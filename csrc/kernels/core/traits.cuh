@@ -6,12 +6,12 @@
 #include <type_traits>
 
 #include "enums.h"
+#include "packing.h"
 
 namespace fa {
 
 constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;
-constexpr int kWarpgroupRows = 64;   // M of wgmma.m64nNk16
 constexpr int kMmaDepth = 16;        // K of wgmma.m64nNk16
 constexpr int kControlBytes = 1024;  // shared memory set aside for barriers and tile coordinates
 constexpr int kTileSlots = 4;        // tiles announced to the consumers and not yet done with

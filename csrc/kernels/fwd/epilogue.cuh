@@ -18,12 +18,13 @@ class Epilogue {
 
   FA_DEVICE void store(TileMma<Traits>& mma, const WorkTile& tile) {
     scale_or_clear_rows(mma.out, mma.normalizer);
-    const int first_row = tile.m_block * Traits::kBlockM + warpgroup_ * kWarpgroupRows;
-    if (tile.value_pass == 0) store_lse(mma.lse, tile, first_row + fragment_row());
+    const int first = first_position<Traits>(params_, tile, warpgroup_);
+    const int end = min_of(tile.q.length, first + params_.packing.positions.value);
+    if (tile.value_pass == 0) store_lse(mma.lse, tile, first, end);
     if constexpr (Traits::kOutputBuffer == OutputBuffer::kNone) {
-      store_fragment(mma.out, tile, first_row + fragment_row());
+      store_fragment(mma.out, tile, first, end);
     } else {
-      stage_and_send(mma, tile, first_row);
+      stage_and_send(mma, tile, first);
     }
   }
 
@@ -39,42 +40,44 @@ class Epilogue {
   static constexpr int kChunkBytes = kWarpgroupRows * Shape::kSwizzleBytesV;
 
   FA_DEVICE static bool leads() { return threadIdx.x % kWarpgroupThreads == 0; }
-  FA_DEVICE Packing packing() const { return {params_.packed_heads_log2}; }
+  // Of the thread's row `r`: an unused one's is the next warpgroup's first.
+  FA_DEVICE int position(int first, int r) const { return first + params_.packing.position(fragment_row() + 8 * r); }
+  FA_DEVICE int head(int r) const { return params_.packing.head(fragment_row() + 8 * r); }
 
-  FA_DEVICE void stage_and_send(TileMma<Traits>& mma, const WorkTile& tile, int first_row) {
+  FA_DEVICE void stage_and_send(TileMma<Traits>& mma, const WorkTile& tile, int first) {
     wait_buffer_free();
     write_fragment(mma.out);
     // The copy engine reads what these threads wrote by ordinary stores.
     cutlass::arch::fence_view_async_shared();
     sync_warpgroup(warpgroup_);
-    if (leads() && packing().position(first_row) < tile.q.length) send(tile, packing().position(first_row));
+    if (leads() && first < tile.q.length) send(tile, first);
     if constexpr (!Shape::kOwnOutputBuffer) {
       if (leads()) cute::tma_store_wait<0>();
       mma.release_q_with_output();
     }
   }
 
-  FA_DEVICE void store_lse(const float (&lse)[kRowsPerThread], const WorkTile& tile, int row) const {
+  // Of positions [first, end), the warpgroup's.
+  FA_DEVICE void store_lse(const float (&lse)[kRowsPerThread], const WorkTile& tile, int first, int end) const {
     float* rows =
         params_.lse + tile.batch * params_.lse_batch_stride + tile.head_q * params_.lse_head_stride + tile.q.offset;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int position = packing().position(row + 8 * r), head = packing().head(row + 8 * r);
-      if (fragment_column() == 0 && position < tile.q.length) rows[head * params_.lse_head_stride + position] = lse[r];
+      const bool stores = fragment_column() == 0 && position(first, r) < end;
+      if (stores) rows[head(r) * params_.lse_head_stride + position(first, r)] = lse[r];
     }
   }
 
-  // out (64 x head_dim_v) to memory. `row`: the thread's first.
-  FA_DEVICE void store_fragment(const Fragment& out, const WorkTile& tile, int row) const {
+  // out (64 x head_dim_v) to memory.
+  FA_DEVICE void store_fragment(const Fragment& out, const WorkTile& tile, int first, int end) const {
     const int first_column = tile.value_pass * Traits::kHeadDimV;
     uint16_t* const sequence = static_cast<uint16_t*>(params_.out) + tile.q.batch * params_.out_batch_stride +
                                tile.q.offset * params_.out_row_stride + tile.head_q * params_.out_head_stride;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int position = packing().position(row + 8 * r), head = packing().head(row + 8 * r);
       uint16_t* const address =
-          sequence + position * params_.out_row_stride + head * params_.out_head_stride + first_column;
-      const int num_columns = position < tile.q.length ? params_.head_dim_v - first_column : 0;
+          sequence + position(first, r) * params_.out_row_stride + head(r) * params_.out_head_stride + first_column;
+      const int num_columns = position(first, r) < end ? params_.head_dim_v - first_column : 0;
       store_row<Traits::kDtype>(address, num_columns, out, r);
     }
   }
@@ -102,13 +105,13 @@ class Epilogue {
     }
   }
 
-  FA_DEVICE void send(const WorkTile& tile, int position) {
+  FA_DEVICE void send(const WorkTile& tile, int first) {
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kHeadDimV / kChunkColumns; ++chunk) {
       const int column = tile.value_pass * Traits::kHeadDimV + chunk * kChunkColumns;
       if (column >= params_.head_dim_v) break;
       cute::SM90_TMA_STORE_5D::copy(&params_.o, smem_.output(warpgroup_) + chunk * kChunkBytes, column, tile.head_q,
-                                    tile.q.map_row(params_.row_bound_q, position), tile.q.map_origin(), tile.q.batch);
+                                    tile.q.map_row(params_.row_bound_q, first), tile.q.map_origin(), tile.q.batch);
     }
     cute::tma_store_arrive();
   }

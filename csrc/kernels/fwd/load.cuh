@@ -12,6 +12,12 @@ FA_DEVICE Visibility<Traits::kMask> tile_visibility(const ForwardParams& params,
   return {tile.q.length, tile.k.length, params.window_left, params.window_right, params.attention_chunk};
 }
 
+// Position in the sequence of the first row of a tile's warpgroup.
+template <class Traits>
+FA_DEVICE int first_position(const ForwardParams& params, const WorkTile& tile, int warpgroup) {
+  return (tile.m_block * ForwardShape<Traits>::kNumConsumerWarpgroups + warpgroup) * params.packing.positions.value;
+}
+
 template <class Traits>
 class Producer {
  public:
@@ -39,7 +45,8 @@ class Producer {
  private:
   using Shape = ForwardShape<Traits>;
 
-  FA_DEVICE static bool leads() { return threadIdx.x == 0; }
+  // In the words of the scheduler, so that one number of the thread is kept.
+  FA_DEVICE static bool leads() { return threadIdx.x % kWarpThreads == 0; }
   FA_DEVICE static int rank() { return Traits::kClusterSize == 1 ? 0 : cluster_rank(); }
 
   FA_DEVICE void prefetch_descriptors() const {
@@ -48,31 +55,32 @@ class Producer {
     }
   }
 
-  FA_DEVICE Packing packing() const { return {params_.packed_heads_log2}; }
-
   // Written field by field to where the consumers read it, and read back from there: the producer has few registers.
   FA_DEVICE void describe(const ScheduledTile& scheduled, WorkTile& tile) const {
-    const int group = scheduled.position.head / params_.num_value_passes;
-    const int head_q = packing().rows(group);
+    // With one pass, as nearly always, nothing is divided.
+    const int passes = params_.num_value_passes;
+    const int group = passes == 1 ? scheduled.position.head : scheduled.position.head / passes;
+    const int head_q = group * params_.packing.heads.value;
     tile.m_block = scheduled.position.m_block * Traits::kClusterSize + rank();
     tile.batch = scheduled.batch;
     tile.head_q = head_q;
-    tile.head_kv = head_q / (params_.heads_q / params_.heads_kv);
-    tile.value_pass = scheduled.position.head - group * params_.num_value_passes;
+    tile.head_kv = params_.heads_per_kv.divide(head_q);
+    tile.value_pass = scheduled.position.head - group * passes;
     tile.q = query_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
     tile.k = key_sequence<Traits::kSeqLayout>(params_, scheduled.batch);
-    const BlockRange blocks = tile_visibility<Traits>(params_, tile)
-                                  .template blocks<Traits::kBlockM, Traits::kBlockN>(tile.m_block, packing())
-                                  .at_least_one();
+    const int positions = Shape::kNumConsumerWarpgroups * params_.packing.positions.value;
+    const BlockRange blocks =
+        tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockN>(tile.m_block, positions).at_least_one();
     tile.visited = {blocks.begin, blocks.end};
   }
 
   // Those that a warpgroup's rows need. One without a visible key, or without a row, visits the block that comes last.
   FA_DEVICE BlockRange warpgroup_blocks(const WorkTile& tile, int warpgroup) const {
     const int m_block = tile.m_block * Shape::kNumConsumerWarpgroups + warpgroup;
+    const int positions = params_.packing.positions.value;
     const BlockRange blocks =
-        tile_visibility<Traits>(params_, tile).template blocks<kWarpgroupRows, Traits::kBlockN>(m_block, packing());
-    const bool has_rows = packing().position(m_block * kWarpgroupRows) < tile.q.length;
+        tile_visibility<Traits>(params_, tile).template blocks<Traits::kBlockN>(m_block, positions);
+    const bool has_rows = m_block * positions < tile.q.length;
     const int last = tile.visited.begin;
     return has_rows && !blocks.empty() ? blocks : BlockRange{last, last, last, last + 1};
   }
@@ -125,9 +133,8 @@ class Producer {
       ring.wait_empty(stage);
       load<kWarpgroupRows, Traits::kHeadDim, Shape::kSwizzleBytes, /*kShares=*/1>(
           params_.q, &ring.full[stage.index()], CacheHint::EVICT_FIRST, smem_.q[stage.index()][warpgroup], 0,
-          Traits::kHeadDim, tile.head_q,
-          packing().position(tile.m_block * Traits::kBlockM + warpgroup * kWarpgroupRows), params_.row_bound_q, tile.q,
-          /*share=*/0);
+          Traits::kHeadDim, tile.head_q, first_position<Traits>(params_, tile, warpgroup), params_.row_bound_q, tile.q,
+          params_.packing.used_rows(), /*share=*/0);
     }
   }
 
@@ -135,7 +142,8 @@ class Producer {
     control_.k.wait_empty(k_stage_);
     load<Traits::kBlockN, Traits::kHeadDim, Shape::kSwizzleBytes, Traits::kClusterSize>(
         params_.k, &control_.k.full[k_stage_.index()], CacheHint::EVICT_LAST, smem_.k[k_stage_.index()], 0,
-        Traits::kHeadDim, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k, rank());
+        Traits::kHeadDim, tile.head_kv, n_block * Traits::kBlockN, params_.row_bound_k, tile.k, Traits::kBlockN,
+        rank());
     k_stage_.advance();
   }
 
@@ -147,24 +155,26 @@ class Producer {
     load<Traits::kBlockN, Traits::kHeadDimV, Shape::kSwizzleBytesV, Traits::kClusterSize>(
         params_.v, &control_.v.full[stage.index()], CacheHint::EVICT_LAST, smem_.v[stage.index()],
         tile.value_pass * Traits::kHeadDimV, params_.head_dim_v, tile.head_kv, n_block * Traits::kBlockN,
-        params_.row_bound_k, tile.k, Traits::kClusterSize - 1 - rank());
+        params_.row_bound_k, tile.k, Traits::kBlockN, Traits::kClusterSize - 1 - rank());
   }
 
   // One tile of kRows x kColumns, column chunk by column chunk, from position `row` of the sequence and from `column`
-  // of its `columns` columns. Where no row is left, or no column of a chunk, nothing is asked for (see params.h) and
-  // the buffer keeps what it holds: those rows' and columns' results are never stored, and those keys are masked.
+  // of its `columns` columns. A chunk's box holds the first `box_rows` rows. Where no row is left, or no column of a
+  // chunk, nothing is asked for (see params.h). What no box reaches keeps what it holds: those rows' and columns'
+  // results are never stored, and those keys are masked.
   //
   // With kShares > 1 each CTA of the cluster asks for its share of the chunks, for all CTAs, and awaits all of them.
   template <int kRows, int kColumns, int kSwizzleBytes, int kShares>
   FA_DEVICE static void load(const CUtensorMap& map, uint64_t* full, CacheHint hint, uint8_t* tile, int column,
-                             int columns, int head, int row, int row_bound, const Sequence& sequence, int share) {
+                             int columns, int head, int row, int row_bound, const Sequence& sequence, int box_rows,
+                             int share) {
     constexpr int kChunkColumns = kSwizzleBytes / Shape::kElementBytes;
     if (row >= sequence.length) {
       Barrier::arrive(full);
       return;
     }
     const int num_chunks = min_of(kColumns / kChunkColumns, ceil_div(columns - column, kChunkColumns));
-    TransactionBarrier::arrive_and_expect_tx(full, num_chunks * kRows * kSwizzleBytes);
+    TransactionBarrier::arrive_and_expect_tx(full, num_chunks * box_rows * kSwizzleBytes);
 #pragma unroll(kShares == 1 ? 8 : 1)
     for (int chunk = share; chunk < kColumns / kChunkColumns; chunk += kShares) {
       if (chunk >= num_chunks) break;

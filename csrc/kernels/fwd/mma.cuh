@@ -38,6 +38,7 @@ class TileMma {
 
   FA_DEVICE void begin(const WorkTile& first) {
     turn_.begin();
+    if constexpr (Shape::kOverlapsTiles) clear_unused_rows();
     if (Shape::kOverlapsTiles && first.exists()) skip_blocks(blocks_before(first));
   }
   FA_DEVICE void end() { turn_.end(); }
@@ -48,6 +49,7 @@ class TileMma {
     if constexpr (!Shape::kOverlapsTiles) skip_blocks(blocks_before(tile));
     softmax_ = {};
     control_.q[turn_.warpgroup].wait_full(q_stage_);
+    if constexpr (!Shape::kOverlapsTiles) clear_unused_rows();  // the output of the tile before lay over them
     if (starts_half(tile)) {
       first_block<HalfScores>(tile);
     } else {
@@ -161,13 +163,24 @@ class TileMma {
     }
   }
 
+  // Of q. What lies there would decide, with kOnOverflow, whether the other rows of a warp are computed a second time:
+  // that takes time, and the last bits of the result would not be those of an equal call.
+  FA_DEVICE void clear_unused_rows() {
+    if (Traits::kRescale != Rescale::kOnOverflow || params_.packing.used_rows() == kWarpgroupRows) return;
+#pragma unroll 1
+    for (auto& q : smem_.q) {
+      clear_rows_from<kWarpgroupRows, Shape::kSwizzleBytes>(params_.packing.used_rows(), q[turn_.warpgroup]);
+    }
+    cutlass::arch::fence_view_async_shared();
+    sync_warpgroup(turn_.warpgroup);
+  }
+
   // Whether the warpgroup's rows see no more of its first block than HalfScores hold. Never of its only one, so that
   // all values are of whole blocks but those of a first block.
   FA_DEVICE bool starts_half(const WorkTile& tile) const {
     if (Shape::kHalfKeys == Traits::kBlockN || needed(tile).end - needed(tile).begin < 2) return false;
-    const int row = tile.m_block * Traits::kBlockM + (turn_.warpgroup + 1) * kWarpgroupRows - 1;
-    const int last_row = min_of(tile.q.length - 1, Packing{params_.packed_heads_log2}.position(row));
-    const int end = tile_visibility<Traits>(params_, tile).keys(last_row).end;
+    const int last_position = min_of(tile.q.length, first_position<Traits>(params_, tile, turn_.warpgroup + 1)) - 1;
+    const int end = tile_visibility<Traits>(params_, tile).keys(last_position).end;
     return end <= (needed(tile).end - 1) * Traits::kBlockN + Shape::kHalfKeys;
   }
 
@@ -326,8 +339,8 @@ class TileMma {
   FA_DEVICE void to_probabilities(const WorkTile& tile, int n_block, float (&scores)[kSize], Softmax& softmax) {
     apply_hook(tile, scores, n_block);
     if (kKind == BlockKind::kEdge || (kKind == BlockKind::kFirst && !needed(tile).is_full(n_block))) {
-      mask_scores(scores, tile_visibility<Traits>(params_, tile), Packing{params_.packed_heads_log2}, first_row(tile),
-                  n_block * Traits::kBlockN);
+      mask_scores(scores, tile_visibility<Traits>(params_, tile), params_.packing,
+                  first_position<Traits>(params_, tile, turn_.warpgroup), n_block * Traits::kBlockN);
     }
     constexpr int kPolynomialOf16 = kKind == BlockKind::kFull ? Traits::kPolynomialExp2Of16 : 0;
     softmax.template update<kPolynomialOf16>(scores, params_.exp2_scale);
@@ -337,8 +350,10 @@ class TileMma {
   FA_DEVICE void apply_hook(const WorkTile& tile, float (&scores)[kSize], int n_block) {
     if constexpr (Traits::kScore != Score::kScaled) {
       apply_score<Traits::kScore>(
-          scores, {tile.batch, tile.head_q, tile.head_kv, /*query=*/0, n_block * Traits::kBlockN + fragment_column()},
-          first_row(tile), params_);
+          scores,
+          {tile.batch, tile.head_q, tile.head_kv, first_position<Traits>(params_, tile, turn_.warpgroup),
+           n_block * Traits::kBlockN + fragment_column()},
+          params_);
     }
   }
 
@@ -365,11 +380,6 @@ class TileMma {
     return same_in_warp(cute::cast_smem_ptr_to_uint(smem_.q[q_stage_.index()][turn_.warpgroup]));
   }
   FA_DEVICE uint32_t k_address() { return cute::cast_smem_ptr_to_uint(smem_.k[k_stage_.index()]); }
-
-  // The thread's first row, as the tiles count them (core/packing.h).
-  FA_DEVICE int first_row(const WorkTile& tile) const {
-    return tile.m_block * Traits::kBlockM + turn_.warpgroup * kWarpgroupRows + fragment_row();
-  }
 
   FA_DEVICE void release_k() {
     if (releases()) control_.k.release(k_stage_);
