@@ -169,7 +169,7 @@ def test_sequences_are_handed_out_as_the_kernels_do(lengths):
     """By the model of the scheduler's tests, which is held against the kernels' header."""
     lens_q, lens_k = (tuple(length[i] for length in lengths) for i in (0, 1))
     q, k = (Side(max(lens, default=0), lens) for lens in (lens_q, lens_k))
-    problem = Problem(Mask.FULL, SeqLayout.VARLEN, len(lengths), 1, 0, 1, 1, 0, q, k)
+    problem = Problem(Mask.FULL, SeqLayout.VARLEN, len(lengths), 1, 1, 1, 1, 0, q, k)
     handed = dict.fromkeys(batch for batch, _, _ in problem.tiles())
     modelled = [b for b, _ in varlen_order.by_classes(varlen_order.Batch("", lengths))]
     assert sorted(modelled) == list(range(len(lengths)))
