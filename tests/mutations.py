@@ -59,7 +59,7 @@ COLUMNS = [
     GradientCase(256, **LONG, dtype=torch.float16, deterministic=True),
     GradientCase(256, **DENSE, softcap=5.0, causal=True),
     GradientCase(192, **LONG, deterministic=True),
-    GradientCase(256, lens_q=(70,) * 5, lens_k=(900, 5, 5, 5, 130), heads_q=2, heads_kv=2),
+    GradientCase(256, batch=5, seqlen_q=70, seqlen_k=900, used_k=(900, 5, 5, 5, 130), heads_q=2),
 ]
 FORWARD = [
     (Case(64, **DENSE, causal=True), {}),

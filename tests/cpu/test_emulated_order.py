@@ -103,7 +103,7 @@ UNSEEN = GradientCase(64, lens_q=(70, 0, 0, 0, 90), lens_k=(300,) * 5, heads_q=2
 KEYLESS = GradientCase(64, lens_q=(70, 130), lens_k=(0, 130), heads_q=1, heads_kv=1, deterministic=True)
 #: A cluster, whose second CTA has no keys of a head's last block; one that passes over many blocks without keys.
 PAIRED = GradientCase(256, **DENSE, causal=True)
-PASSED_OVER = GradientCase(256, lens_q=(70,) * 5, lens_k=(900, 5, 5, 5, 130), heads_q=2, heads_kv=2)
+PASSED_OVER = GradientCase(256, batch=5, seqlen_q=70, seqlen_k=900, used_k=(900, 5, 5, 5, 130), heads_q=2)
 DEFECTS = [
     # The buffer of dq: used before it is free, freed before it is read, taken before it is full, never freed.
     (PLAIN, SourceChange("bwd/write_dq.cuh", "    ring_.wait_empty(block.slice<Traits>(kFirst == 0 ? 0 : 1));\n", "")),
