@@ -127,8 +127,6 @@ class Producer {
 
   FA_DEVICE void load_q(const WorkTile& tile) {
     const RingState<Traits::kNumQStages> stage{tile_slot_.count};  // one q a tile
-
-    // Not unrolled, either.
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Shape::kNumConsumerWarpgroups; ++warpgroup) {
       Ring<Traits::kNumQStages>& ring = control_.q[warpgroup];
