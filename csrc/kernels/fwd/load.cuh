@@ -175,7 +175,8 @@ class Producer {
     }
     const int num_chunks = min_of(kColumns / kChunkColumns, ceil_div(columns - column, kChunkColumns));
     TransactionBarrier::arrive_and_expect_tx(full, num_chunks * box_rows * kSwizzleBytes);
-#pragma unroll(kShares == 1 ? 8 : 1)
+    // Narrow chunks in a loop: the producer has no register to spare.
+#pragma unroll(kShares == 1 && kSwizzleBytes == 128 ? 8 : 1)
     for (int chunk = share; chunk < kColumns / kChunkColumns; chunk += kShares) {
       if (chunk >= num_chunks) break;
       load_box<kShares>(map, full, hint, tile + chunk * kRows * kSwizzleBytes, column + chunk * kChunkColumns, head,
