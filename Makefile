@@ -57,7 +57,7 @@ demo: $(PACKAGE)
 	$(RUN) -m flash_attn_3.demo
 
 test: $(PACKAGE)
-	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(TEST_JOBS)) $(PYTEST_ARGS)
+	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && echo --numprocesses=$(TEST_JOBS) --dist=worksteal) $(PYTEST_ARGS)
 
 lint: $(LINTERS)
 	$(BIN)ruff check .

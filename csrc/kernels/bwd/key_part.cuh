@@ -43,13 +43,15 @@ class KeyPart {
     store(data_ + kDkFloats, dv);
   }
 
+  // Columns [column, column + 2 kSize) of dk, and behind these of dv, added to `sum`.
   template <int kSize>
-  FA_DEVICE void add_dk_to(float (&sum)[kSize]) const {
-    add(data_, sum);
-  }
-  template <int kSize>
-  FA_DEVICE void add_dv_to(float (&sum)[kSize]) const {
-    add(data_ + kDkFloats, sum);
+  FA_DEVICE void add_to(float (&sum)[kSize], int column) const {
+    const float* const from = data_ + column * kWarpgroupRows;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      const float4 part = *reinterpret_cast<const float4*>(from + i * kWarpgroupThreads);
+      sum[i] += part.x, sum[i + 1] += part.y, sum[i + 2] += part.z, sum[i + 3] += part.w;
+    }
   }
 
  private:
@@ -59,15 +61,6 @@ class KeyPart {
     for (int i = 0; i < kSize; i += 4) {
       *reinterpret_cast<float4*>(to + i * kWarpgroupThreads) =
           make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-    }
-  }
-
-  template <int kSize>
-  FA_DEVICE static void add(const float* from, float (&sum)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-      const float4 part = *reinterpret_cast<const float4*>(from + i * kWarpgroupThreads);
-      sum[i] += part.x, sum[i + 1] += part.y, sum[i + 2] += part.z, sum[i + 3] += part.w;
     }
   }
 

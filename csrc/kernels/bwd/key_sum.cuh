@@ -20,44 +20,54 @@ class KeyGradientSum {
 
   FA_DEVICE void run() const {
     if (block_.n_block * Traits::kBlockN >= k_.length) return;
-    float dk[Shape::kDkColumns / 2];
-    sum(dk, [](const KeyPart<Traits>& part, auto& sum) { part.add_dk_to(sum); });
-    store(dk, params_.dk_rows, params_.head_dim);
-    float dv[Shape::kDvColumns / 2];
-    sum(dv, [](const KeyPart<Traits>& part, auto& sum) { part.add_dv_to(sum); });
-    store(dv, params_.dv_rows, params_.head_dim_v);
+    for (int column = 0; column < Shape::kDkColumns; column += kSliceColumns) {
+      store(sum(column), params_.dk_rows, params_.head_dim, first_column(Shape::kDkColumns) + column);
+    }
+    for (int column = 0; column < Shape::kDvColumns; column += kSliceColumns) {
+      store(sum(Shape::kDkColumns + column), params_.dv_rows, params_.head_dim_v,
+            first_column(Shape::kDvColumns) + column);
+    }
   }
 
  private:
   using Shape = BackwardShape<Traits>;
 
-  FA_DEVICE static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
+  // Of a warpgroup's at a time: more would only take registers.
+  static constexpr int kSliceColumns = 32;
+  struct Slice {
+    float values[kSliceColumns / 2];
+  };
+  static_assert(Shape::kDkColumns % kSliceColumns == 0 && Shape::kDvColumns % kSliceColumns == 0);
 
-  // Always in the same order.
-  template <int kSize, class Add>
-  FA_DEVICE void sum(float (&gradient)[kSize], Add add) const {
-    clear_fragment(gradient);
+  FA_DEVICE static int warpgroup() { return threadIdx.x / kWarpgroupThreads; }
+  // The same warpgroup's number among those of its CTA in the main kernel.
+  FA_DEVICE static int number_in_cta() { return warpgroup() % Shape::kNumConsumerWarpgroups; }
+  FA_DEVICE static int first_column(int columns) { return Shape::kSplitsColumns ? number_in_cta() * columns : 0; }
+
+  // Always in the same order. `column`: of the warpgroup's dk, and behind these of dv.
+  FA_DEVICE Slice sum(int column) const {
+    Slice slice;
+    clear_fragment(slice.values);
 #pragma unroll 1
     for (int part = 0; part < params_.group_parts; ++part) {
       const int index = (head_ * params_.group_parts + part) * params_.num_n_blocks + place_;
-      add(KeyPart<Traits>(params_, index, warpgroup()), gradient);
+      KeyPart<Traits>(params_, index, warpgroup()).add_to(slice.values, column);
     }
+    return slice;
   }
 
-  // `columns`: of all that the tensor has.
-  template <int kSize>
-  FA_DEVICE void store(const float (&gradient)[kSize], const HeadRows& rows, int columns) const {
-    const int rank = warpgroup() / Shape::kNumConsumerWarpgroups, of_cta = warpgroup() % Shape::kNumConsumerWarpgroups;
+  // `columns`: of all that the tensor has; `column`: the first one of the slice.
+  FA_DEVICE void store(const Slice& slice, const HeadRows& rows, int columns, int column) const {
+    const int rank = warpgroup() / Shape::kNumConsumerWarpgroups;
     const int first_row = block_.n_block * Traits::kBlockN + rank * Shape::kTileKeys + fragment_row() +
-                          (Shape::kSplitsColumns ? 0 : of_cta * kWarpgroupRows);
-    const int first_column = Shape::kSplitsColumns ? of_cta * 2 * kSize : 0;
-    uint16_t* const head = static_cast<uint16_t*>(rows.data) + k_.batch * rows.batch_stride +
-                           block_.head_kv * rows.head_stride + first_column;
+                          (Shape::kSplitsColumns ? 0 : number_in_cta() * kWarpgroupRows);
+    uint16_t* const head =
+        static_cast<uint16_t*>(rows.data) + k_.batch * rows.batch_stride + block_.head_kv * rows.head_stride + column;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int position = first_row + 8 * r;
-      const int num_columns = position < k_.length ? columns - first_column : 0;
-      store_row<Traits::kDtype>(head + int64_t{k_.offset + position} * rows.row_stride, num_columns, gradient, r);
+      const int num_columns = position < k_.length ? columns - column : 0;
+      store_row<Traits::kDtype>(head + int64_t{k_.offset + position} * rows.row_stride, num_columns, slice.values, r);
     }
   }
 
