@@ -45,6 +45,12 @@ int misplaced(uint64_t flipped) {
   return count;
 }
 
+// Of operands with 64 rows of A or columns of B, and with 256.
+template <gmma::Major kMajor, class Atom>
+int misplaced_operands(uint64_t flipped) {
+  return misplaced<kMajor, Atom, 64>(flipped) + misplaced<kMajor, Atom, 256>(flipped);
+}
+
 // Elements of a fragment whose place (thread, number) -> (row, column) of `rows` rows is not CuTe's.
 template <class Layout, class Emulated>
 int misplaced(Layout layout, int rows, Emulated emulated) {
@@ -83,22 +89,18 @@ using Stores = cute::Copy_Traits<cute::SM90_U32x4_STSM_N>;
 
 extern "C" {
 
-// Of operands with 64 or 256 rows of A or columns of B, `flipped` bits of the descriptor being wrong.
+// `flipped`: bits of the descriptor that are wrong.
 int misplaced_k_128(uint64_t flipped) {
-  using Atom = gmma::Layout_K_SW128_Atom<Value>;
-  return misplaced<gmma::Major::K, Atom, 64>(flipped) + misplaced<gmma::Major::K, Atom, 256>(flipped);
+  return misplaced_operands<gmma::Major::K, gmma::Layout_K_SW128_Atom<Value>>(flipped);
 }
 int misplaced_k_64(uint64_t flipped) {
-  using Atom = gmma::Layout_K_SW64_Atom<Value>;
-  return misplaced<gmma::Major::K, Atom, 64>(flipped) + misplaced<gmma::Major::K, Atom, 256>(flipped);
+  return misplaced_operands<gmma::Major::K, gmma::Layout_K_SW64_Atom<Value>>(flipped);
 }
 int misplaced_mn_128(uint64_t flipped) {
-  using Atom = gmma::Layout_MN_SW128_Atom<Value>;
-  return misplaced<gmma::Major::MN, Atom, 64>(flipped) + misplaced<gmma::Major::MN, Atom, 256>(flipped);
+  return misplaced_operands<gmma::Major::MN, gmma::Layout_MN_SW128_Atom<Value>>(flipped);
 }
 int misplaced_mn_64(uint64_t flipped) {
-  using Atom = gmma::Layout_MN_SW64_Atom<Value>;
-  return misplaced<gmma::Major::MN, Atom, 64>(flipped) + misplaced<gmma::Major::MN, Atom, 256>(flipped);
+  return misplaced_operands<gmma::Major::MN, gmma::Layout_MN_SW64_Atom<Value>>(flipped);
 }
 
 int misplaced_accumulators() { return misplaced(Sums::CLayout{}, 64, emulator::register_element); }
